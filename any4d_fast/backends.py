@@ -1,0 +1,157 @@
+"""Which backend runs which call, and why the others do not.
+
+Every op registers its backends, fastest first, each with a function that returns the reasons why it cannot run
+a given call (no reasons: it can). `select` takes the first one that can; a backend that the caller names must run
+or the call raises with the reasons.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("any4d_fast")
+
+Reasons = Callable[..., list[str]]
+
+_REGISTRY: dict[str, dict[str, Reasons]] = {}
+_OVERRIDE: list[str] = []
+_LOGGED: set[tuple[str, str]] = set()
+
+EAGER = "eager"
+
+
+class BackendError(RuntimeError):
+    """A backend was named that cannot run this call; the message lists the reasons."""
+
+
+def register(op: str, **reasons: Reasons) -> None:
+    """Register the backends of an op, fastest first by recorded measurement. `eager` is always there, last."""
+    _REGISTRY[op] = dict(reasons)
+
+
+def registered(op: str) -> list[str]:
+    """Backends of an op, in the order in which they are tried."""
+    return [*_REGISTRY[op], EAGER]
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Run every op inside on one backend (`"triton"`, `"cuda"`, `"eager"`, ...); `None` restores automatic choice.
+
+    Ops that do not have that backend keep choosing for themselves.
+
+    Raises:
+        BackendError: from the op, when it has the backend but the backend cannot run the call.
+    """
+    _OVERRIDE.append(name or "auto")
+    try:
+        yield
+    finally:
+        _OVERRIDE.pop()
+
+
+def _requested(op: str, backend: str | None) -> tuple[str | None, bool]:
+    """The backend asked for, and whether the op must have it."""
+    if backend is not None:
+        return (None if backend == "auto" else backend), True
+    name = _OVERRIDE[-1] if _OVERRIDE else os.environ.get("ANY4D_FAST_BACKEND", "auto")
+    return (None if name in ("auto", "") else name), False
+
+
+def select(op: str, backend: str | None, *args: Any, **kwargs: Any) -> str:
+    """Name of the backend that runs this call.
+
+    Args:
+        op: registered op name.
+        backend: what the caller asked for; None means `use_backend`, then ANY4D_FAST_BACKEND, then automatic.
+        *args, **kwargs: handed to the reasons functions.
+
+    Raises:
+        BackendError: the backend asked for cannot run the call, or the op does not have it.
+    """
+    table = _REGISTRY[op]
+    name, strict = _requested(op, backend)
+    if name is not None:
+        if name == EAGER:
+            return EAGER
+        if name in table:
+            why_not = table[name](*args, **kwargs)
+            if why_not:
+                raise BackendError(f"{op}: backend={name!r} cannot run this call: {'; '.join(why_not)}")
+            return name
+        if strict:
+            raise BackendError(f"{op}: backend: expected one of {registered(op)} or 'auto', got {name!r}")
+    for candidate, reasons in table.items():
+        why_not = reasons(*args, **kwargs)
+        if not why_not:
+            return candidate
+        _log_once(op, candidate, why_not)
+    return EAGER
+
+
+def _log_once(op: str, backend: str, why_not: list[str]) -> None:
+    if torch.compiler.is_compiling():
+        return
+    if (op, backend) not in _LOGGED:
+        _LOGGED.add((op, backend))
+        logger.info("%s: backend %s not used: %s", op, backend, "; ".join(why_not))
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its CPU interpreter (the flag is read when kernels are imported)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def triton_missing() -> str | None:
+    """Why Triton cannot be imported, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed (it comes with PyTorch's CUDA wheels)"
+    return None
+
+
+def triton_reasons(*tensors: Tensor | None) -> list[str]:
+    """What every Triton backend needs of its tensors: one CUDA device of compute capability 8.0 or later."""
+    missing = triton_missing()
+    if missing:
+        return [missing]
+    if interpreting():
+        return []
+    why_not = []
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_cuda:
+            return [f"tensors are on {tensor.device.type}; Triton kernels run on CUDA devices"]
+    first = next((t for t in tensors if t is not None), None)
+    if first is not None and capability(first.device.index or 0) < (8, 0):
+        why_not.append(f"compute capability {capability(first.device.index or 0)} is older than 8.0")
+    if len({t.device for t in tensors if t is not None}) > 1:
+        why_not.append("tensors are on several devices")
+    return why_not
+
+
+@functools.cache
+def capability(index: int) -> tuple[int, int]:
+    """Compute capability of a CUDA device."""
+    return torch.cuda.get_device_capability(index)
+
+
+def describe() -> list[tuple[str, bool, str]]:
+    """(backend, available, reason) for every kind of backend on this machine."""
+    missing = triton_missing()
+    no_gpu = None if torch.cuda.is_available() else "no CUDA device is visible to PyTorch"
+    triton_why = missing or (None if interpreting() else no_gpu)
+    return [
+        ("eager", True, "plain PyTorch, any device"),
+        ("triton", triton_why is None, triton_why or ("CPU interpreter" if interpreting() else "ready")),
+        ("cudnn", no_gpu is None, no_gpu or "through PyTorch's scaled_dot_product_attention"),
+        ("flash", no_gpu is None, no_gpu or "through PyTorch's scaled_dot_product_attention"),
+    ]

@@ -1,0 +1,324 @@
+"""Any4D: N views in; depth, cameras, world points and scene flow out, in metres (arXiv 2512.10935)."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .checkpoint import load_checkpoint, load_submodules
+from .config import Any4DConfig, ModalityConfig, preset
+from .config_upstream import Config, from_upstream, to_upstream
+from .modules import factors
+from .modules.block import NORM_EPS
+from .modules.dpt import DPTFeatures, DPTRegressor, to_head_dtype, token_maps
+from .modules.encoder import ImageEncoder, grid_of
+from .modules.heads import PoseHead, ScaleHead
+from .modules.modalities import DenseInput, Modalities, ModalityReader, VectorInput, View
+from .modules.multiview import MultiViewTransformer
+from .modules.tokenizers import DenseTokenizer, VectorTokenizer
+
+Outputs = dict[str, Tensor]
+
+
+class Any4D(nn.Module):
+    """The drop-in model: upstream's constructor, state dict and forward.
+
+    Data flow, token-major from end to end (T patches a view, V views, B samples):
+    images -> encoder -> + tokenized geometric inputs -> fused tokens [B, V*T + 1, C] (scale token last)
+    -> multi-view transformer -> dense heads on four maps, pose head, scale head -> factors of the scene.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        encoder_config: Config,
+        info_sharing_config: Config,
+        pred_head_config: Config,
+        scene_flow_pred_head_config: Config,
+        geometric_input_config: Config,
+        fusion_norm_layer: Any = None,
+        pretrained_checkpoint_path: str | os.PathLike[str] | None = None,
+        load_specific_pretrained_submodules: bool = False,
+        specific_pretrained_submodules: list[str] | None = None,
+        torch_hub_force_reload: bool = False,
+    ) -> None:
+        """Upstream's arguments, as they are (github.com/Any-4D/Any4D, any4d/models/any4d/model.py).
+
+        Weights are never downloaded here: `torch_hub_force_reload` and the encoder's `uses_torch_hub` have no effect,
+        and the model starts from random weights unless `pretrained_checkpoint_path` is given.
+
+        Raises:
+            ConfigError: for an option that is unknown or not supported; the message names it.
+            CheckpointError: when the checkpoint cannot be loaded.
+        """
+        super().__init__()
+        self.config = from_upstream(
+            name,
+            encoder_config,
+            info_sharing_config,
+            pred_head_config,
+            scene_flow_pred_head_config,
+            geometric_input_config,
+        )
+        self.class_init_args: dict[str, Any] = copy.deepcopy(
+            {
+                "name": name,
+                "encoder_config": dict(encoder_config),
+                "info_sharing_config": dict(info_sharing_config),
+                "pred_head_config": dict(pred_head_config),
+                "scene_flow_pred_head_config": dict(scene_flow_pred_head_config),
+                "geometric_input_config": dict(geometric_input_config),
+            }
+        )
+        self.name = name
+        self._build(self.config, fusion_norm_layer)
+        if pretrained_checkpoint_path is not None:
+            if load_specific_pretrained_submodules:
+                load_submodules(self, pretrained_checkpoint_path, specific_pretrained_submodules)
+            else:
+                load_checkpoint(self, pretrained_checkpoint_path)
+
+    def _build(self, config: Any4DConfig, fusion_norm_layer: Any) -> None:
+        encoder, transformer, scene, widths = config.encoder, config.transformer, config.scene, config.tokenizers
+        dim, patch = encoder.dim, encoder.patch_size
+        self.encoder = ImageEncoder(encoder)
+        self.ray_dirs_encoder = DenseTokenizer(3, dim, patch, widths.dense_dims)
+        self.depth_encoder = DenseTokenizer(1, dim, patch, widths.dense_dims)
+        self.depth_scale_encoder = VectorTokenizer(1, dim, widths.global_dims)
+        self.cam_rot_encoder = VectorTokenizer(4, dim, widths.global_dims)
+        self.cam_trans_encoder = VectorTokenizer(3, dim, widths.global_dims)
+        self.cam_trans_scale_encoder = VectorTokenizer(1, dim, widths.global_dims)
+        self.scene_flow_encoder = DenseTokenizer(3, dim, patch, widths.dense_dims)
+        norm = nn.LayerNorm(dim, eps=NORM_EPS) if fusion_norm_layer is None else fusion_norm_layer(dim)
+        if not isinstance(norm, nn.LayerNorm):
+            raise TypeError(f"fusion_norm_layer: expected a function that makes an nn.LayerNorm, got {type(norm)}")
+        self.fusion_norm_layer = norm
+        self.scale_token = nn.Parameter(torch.zeros(dim))
+        nn.init.trunc_normal_(self.scale_token, std=0.02)
+        self.info_sharing = MultiViewTransformer(transformer, dim)
+        maps = (dim if transformer.feeds_encoder_map else transformer.dim, *(transformer.dim,) * 3)
+        self.dpt_feature_head = DPTFeatures(scene.geometry_head, maps)
+        self.dpt_regressor_head = DPTRegressor(scene.geometry_head)
+        self.dense_head = nn.Sequential(self.dpt_feature_head, self.dpt_regressor_head)  # alias in the state dict
+        self.scene_flow_dpt_feature_head = DPTFeatures(scene.flow_head, maps)
+        self.scene_flow_dpt_regressor_head = DPTRegressor(scene.flow_head)
+        self.scene_flow_dense_head = nn.Sequential(
+            self.scene_flow_dpt_feature_head, self.scene_flow_dpt_regressor_head
+        )
+        if scene.pose_head:
+            self.pose_head = PoseHead(transformer.dim, patch, scene.num_resconv_block)
+        self.scale_head = ScaleHead(transformer.dim, scene.scale_hidden_dim, scene.scale_mlp_layers)
+
+    @classmethod
+    def from_config(cls, config: Any4DConfig) -> Any4D:
+        """A model with random weights from a typed configuration."""
+        return cls(**to_upstream(config))
+
+    @classmethod
+    def from_preset(cls, name: str) -> Any4D:
+        """A model with random weights: "any4d" (the released architecture), "any4d-base" or "tiny".
+
+        Raises:
+            ConfigError: for an unknown name.
+        """
+        return cls.from_config(preset(name))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        config: Any4DConfig | str | None = None,
+        strict: bool = True,
+        device: torch.device | str | None = None,
+    ) -> Any4D:
+        """A model with weights from a file or a Hugging Face repository.
+
+        Args:
+            source: `.pth` as upstream saves it ({"model": state dict}; read with `weights_only=True`),
+                `.safetensors`, a folder that holds one, or a Hugging Face id.
+            config: configuration or preset; that stored with the weights, else "any4d", by default.
+            strict: False loads what fits and logs every key that does not.
+            device: where to put the model.
+
+        Raises:
+            CheckpointError: the message names the file and the key; the model is not half-loaded.
+        """
+        from .checkpoint import find_checkpoint, stored_config
+
+        path = find_checkpoint(source)
+        chosen = stored_config(path) if config is None else config
+        model = cls.from_config(preset(chosen) if isinstance(chosen, str) else chosen)
+        load_checkpoint(model, path, strict=strict)
+        return model.to(device).eval() if device is not None else model.eval()
+
+    def forward(self, views: list[View], *, minibatch_size: int | None = None) -> list[Outputs]:
+        """Reconstruct.
+
+        Args:
+            views: one dictionary a view, view 0 the reference. `img` [B, 3, H, W] normalised for the encoder, H and W
+                multiples of 14; `data_norm_type` (["dinov2"]); optionally `ray_directions_cam` [B, H, W, 3] unit
+                vectors in the camera frame, `depth_along_ray` [B, H, W, 1] (0: unknown), `camera_pose_quats` [B, 4]
+                (x, y, z, w) and `camera_pose_trans` [B, 3] camera-to-world in OpenCV axes, `is_metric_scale` [B] bool,
+                `radial_scene_flow` [B, H, W, 3] (needs view 0's `pts3d_cam` [B, H, W, 3] and `valid_mask` [B, H, W]).
+            minibatch_size: views that the dense heads take at once; all by default. Results do not depend on it.
+
+        Returns:
+            One dictionary a view, with `pts3d` (metres, world = view 0's camera), `pts3d_cam`, `ray_directions`,
+            `depth_along_ray`, `cam_trans`, `cam_quats`, `scene_flow` (on view 0's pixels, world axes),
+            `metric_scaling_factor`, `conf`, `non_ambiguous_mask`, `non_ambiguous_mask_logits`, as far as the scene
+            representation has them.
+
+        Raises:
+            ValueError: for views that disagree in size or batch, or lack what another input needs.
+        """
+        return self.run(views, self.config.modalities, minibatch_size)
+
+    def run(self, views: list[View], modalities: ModalityConfig, minibatch_size: int | None) -> list[Outputs]:
+        """`forward` with other modality probabilities than the configuration's (`infer` gives its own)."""
+        grid = self._check(views)
+        tokens = self._tokens(views, modalities, grid)
+        taps, final = self.info_sharing(tokens, len(views))
+        if self.config.transformer.indices is None:
+            taps = [final, final]
+        maps = [tokens, *taps, final] if self.config.transformer.feeds_encoder_map else [*taps, final]
+        with _full_precision(final.device.type):
+            return self._heads(maps, len(views), grid, minibatch_size)
+
+    def _check(self, views: list[View]) -> tuple[int, int]:
+        """Validate images and return the patch grid."""
+        if not views:
+            raise ValueError("views: expected at least one view, got none")
+        shape = views[0]["img"].shape
+        for i, view in enumerate(views):
+            image = view["img"]
+            if image.ndim != 4 or image.shape[1] != 3 or not image.is_floating_point():
+                raise ValueError(
+                    f"views[{i}]['img']: expected float [B, 3, H, W], got {image.dtype} {list(image.shape)}; "
+                    "model.infer takes other layouts"
+                )
+            if image.shape != shape:
+                raise ValueError(
+                    f"views[{i}]['img']: all views need one shape, got {list(image.shape)} and {list(shape)} in view 0"
+                )
+            kind = view.get("data_norm_type", [self.encoder.data_norm_type])
+            kind = kind if isinstance(kind, str) else kind[0]
+            if kind != self.encoder.data_norm_type:
+                raise ValueError(
+                    f"views[{i}]['data_norm_type']: the encoder expects {self.encoder.data_norm_type!r}, got {kind!r}"
+                )
+        return grid_of(shape[2], shape[3], self.encoder.patch_size)
+
+    def _tokens(self, views: list[View], modalities: ModalityConfig, grid: tuple[int, int]) -> Tensor:
+        """Images and geometric inputs -> fused tokens [B, V*T + 1, C], the scale token last."""
+        given = ModalityReader(modalities, views, self.training).read()
+        images = torch.cat([view["img"] for view in views])  # [V * B, 3, H, W]
+        if given.image_mask is not None:
+            images = images.masked_fill(~given.image_mask[:, None, None, None], 0.0)
+        image_tokens = self.encoder(images)  # [V * B, T, C]
+        # Tokenizers and fusion stay in full precision: their LayerNorms see a high variance (upstream does the same).
+        with torch.autocast(images.device.type, enabled=False):
+            dense, dense_masks, vectors, vector_masks = self._tokenize_geometry(given, image_tokens)
+            norm = self.fusion_norm_layer
+            return ops.fuse_tokens(
+                image_tokens,
+                dense,
+                vectors,
+                norm.weight,
+                norm.bias,
+                norm.eps,
+                dense_masks=dense_masks,
+                vector_masks=vector_masks,
+                scale_token=self.scale_token,
+                batch=views[0]["img"].shape[0],
+                out_dtype=image_tokens.dtype,
+            )
+
+    def _tokenize_geometry(
+        self, given: Modalities, image_tokens: Tensor
+    ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor], list[Tensor | None]]:
+        """Features of every modality that somebody gave, with who uses them."""
+        dense: list[Tensor] = []
+        dense_masks: list[Tensor | None] = []
+        vectors: list[Tensor] = []
+        vector_masks: list[Tensor | None] = []
+        maps: list[tuple[DenseTokenizer, DenseInput | None]] = [
+            (self.ray_dirs_encoder, given.rays),
+            (self.depth_encoder, given.depth),
+            (self.scene_flow_encoder, given.flow),
+        ]
+        for tokenizer, item in maps:
+            if item is not None:
+                dense.append(_spread(tokenizer(item.maps), item, image_tokens.shape[0]))
+                dense_masks.append(item.mask)
+        singles: list[tuple[VectorTokenizer, VectorInput | None]] = [
+            (self.depth_scale_encoder, given.depth_scale),
+            (self.cam_rot_encoder, given.rotation),
+            (self.cam_trans_encoder, given.translation),
+            (self.cam_trans_scale_encoder, given.pose_scale),
+        ]
+        for vector_tokenizer, vector in singles:
+            if vector is not None:
+                vectors.append(vector_tokenizer(vector.values))
+                vector_masks.append(vector.mask)
+        return dense, dense_masks, vectors, vector_masks
+
+    def _heads(
+        self, tokens: list[Tensor], num_views: int, grid: tuple[int, int], minibatch_size: int | None
+    ) -> list[Outputs]:
+        """Heads and composition over chunks of views, so that full-resolution maps exist for one chunk only."""
+        patch, scene = self.encoder.patch_size, self.config.scene
+        size = (grid[0] * patch, grid[1] * patch)
+        log_scale = self.scale_head(tokens[-1][:, -1])  # [B, 1]
+        batch = log_scale.shape[0]
+        step = minibatch_size or num_views
+        results: list[Outputs] = []
+        for first in range(0, num_views, step):
+            chunk = slice(first, min(first + step, num_views))
+            maps = to_head_dtype([token_maps(t, chunk, grid, num_views) for t in tokens])
+            geometry = self.dpt_regressor_head(self.dpt_feature_head(maps), size)
+            flow = self.scene_flow_dpt_regressor_head(self.scene_flow_dpt_feature_head(maps), size)
+            rows = maps[-1].permute(0, 2, 3, 1).flatten(1, 2)  # [views * B, T, C]
+            pose = self.pose_head(rows) if scene.pose_head else None
+            stacked = factors.compose(scene, geometry, flow, pose, log_scale)
+            scale = stacked.pop("metric_scaling_factor")
+            for v in range(chunk.stop - chunk.start):
+                view = {key: value[v * batch : (v + 1) * batch] for key, value in stacked.items()}
+                results.append({**view, "metric_scaling_factor": scale})
+        return results
+
+    def infer(self, views: list[View], **options: Any) -> list[Outputs]:
+        """Reconstruct from what a person has; see `any4d_fast.inference.infer` for every option."""
+        from .inference import infer
+
+        return infer(self, views, **options)
+
+
+def _spread(features: Tensor, item: DenseInput, rows: int) -> Tensor:
+    """Features of the views that gave a map, placed among all views; the others' rows are masked out later."""
+    per_view = features.shape[0] // len(item.views)
+    if features.shape[0] == rows:
+        return features
+    out = features.new_zeros(rows, *features.shape[1:]).unflatten(0, (-1, per_view))
+    index = torch.tensor(item.views, device=features.device)
+    return out.index_copy(0, index, features.unflatten(0, (-1, per_view))).flatten(0, 1)
+
+
+@contextlib.contextmanager
+def _full_precision(device_type: str) -> Iterator[None]:
+    """Heads run outside autocast, with TF32 matmuls where the caller asked for mixed precision (as upstream)."""
+    mixed = torch.is_autocast_enabled(device_type)
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = before or mixed
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before

@@ -1,0 +1,1 @@
+"""The model's parts, in the order in which data meets them: encoder, tokenizers, multiview, dpt, heads, factors."""

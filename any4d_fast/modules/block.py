@@ -1,0 +1,151 @@
+"""The pre-norm transformer block that the image encoder and the multi-view transformer share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import ops
+from ..ops.attention import Segments
+
+NORM_EPS = 1e-6  # DINOv2's and upstream's epsilon for every LayerNorm
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Dtype of matrix products on this tensor: autocast's where it is on, else the tensor's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class LayerScale(nn.Module):
+    """A learned factor for each channel of a residual branch (arXiv 2103.17239)."""
+
+    def __init__(self, dim: int, init_value: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), init_value))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention over segments of one buffer of rows."""
+
+    def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool = True, qk_norm: bool = False) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.q_norm = nn.LayerNorm(self.head_dim, eps=NORM_EPS) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(self.head_dim, eps=NORM_EPS) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, y: Tensor, segments: Segments, scale: float) -> Tensor:
+        """[R, C] normed rows -> [R, C] branch; rows outside every segment attend to nothing."""
+        qkv = self.qkv(y).view(-1, 3, self.num_heads, self.head_dim)  # [R, 3, heads, head_dim]
+        if isinstance(self.q_norm, nn.LayerNorm):
+            q, k, v = qkv.unbind(1)
+            qkv = torch.stack([self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v], dim=1)
+        out = ops.attention(qkv, segments=segments, scale=scale)  # [R, heads, head_dim]
+        result: Tensor = self.proj(out.flatten(1))
+        return result
+
+
+class Mlp(nn.Module):
+    """Linear, erf GELU, Linear."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, y: Tensor) -> Tensor:
+        hidden = ops.linear_gelu(y, self.fc1.weight.to(y.dtype), self.fc1.bias.to(y.dtype))
+        result: Tensor = self.fc2(hidden)
+        return result
+
+
+class SwiGLU(nn.Module):
+    """Gated MLP of DINOv2's giant encoder; its hidden width is two thirds of the plain one, rounded up to 8."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        hidden = (hidden * 2 // 3 + 7) // 8 * 8
+        self.w12 = nn.Linear(dim, 2 * hidden)
+        self.w3 = nn.Linear(hidden, dim)
+
+    def forward(self, y: Tensor) -> Tensor:
+        gate, value = self.w12(y).chunk(2, dim=-1)
+        result: Tensor = self.w3(F.silu(gate) * value)
+        return result
+
+
+class Block(nn.Module):
+    """Attention branch, then MLP branch, on a residual stream that carries its own next LayerNorm.
+
+    A block takes the stream `x` together with `y`, the LayerNorm of it that its attention reads, and returns both
+    for the block after it, so that residual, LayerScale and the following LayerNorm are one pass over memory.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        qk_norm: bool = False,
+        init_values: float | None = None,
+        proj_drop: float = 0.0,
+        gated: bool = False,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.attn = SelfAttention(dim, num_heads, qkv_bias=qkv_bias, qk_norm=qk_norm)
+        self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        hidden = int(dim * mlp_ratio)
+        self.mlp: nn.Module = SwiGLU(dim, hidden) if gated else Mlp(dim, hidden)
+        self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
+        self.proj_drop = proj_drop
+
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor,
+        segments: Segments,
+        scale: float,
+        next_norm: nn.LayerNorm,
+        row_scales: tuple[Tensor | None, Tensor | None] = (None, None),
+        out_dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Run the block.
+
+        Args:
+            x: [R, C] residual stream.
+            y: [R, C] `norm1(x)` in the dtype of matrix products.
+            segments: which rows attend to which.
+            scale: factor on the attention logits.
+            next_norm: the LayerNorm that reads the result.
+            row_scales: [R] factors on the two branches (stochastic depth; 0 leaves a row as it is).
+            out_dtype: dtype of the second result; that of `y` by default.
+
+        Returns:
+            The new residual stream and `next_norm` of it.
+        """
+        branch = F.dropout(self.attn(y, segments, scale), self.proj_drop, self.training)
+        x, y = _residual_norm(x, branch, self.ls1, self.norm2, row_scales[0], y.dtype)
+        branch = F.dropout(self.mlp(y), self.proj_drop, self.training)
+        return _residual_norm(x, branch, self.ls2, next_norm, row_scales[1], out_dtype or y.dtype)
+
+
+def _residual_norm(
+    x: Tensor, branch: Tensor, scale: nn.Module, norm: nn.LayerNorm, row_scale: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    gamma = scale.gamma if isinstance(scale, LayerScale) else None
+    return ops.residual_norm(
+        x, branch, gamma, norm.weight, norm.bias, norm.eps, row_scale=row_scale, out_dtype=dtype
+    )
+
+
+def layer_norm(x: Tensor, norm: nn.LayerNorm, dtype: torch.dtype | None = None) -> Tensor:
+    """`norm(x)` through the op, in `dtype` (that of `x` by default)."""
+    return ops.layer_norm(x, norm.weight, norm.bias, norm.eps, out_dtype=dtype)

@@ -1,0 +1,142 @@
+"""Image encoder: DINOv2 ViT/14 (arXiv 2304.07193), patch tokens after the final LayerNorm."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from .. import ops
+from ..config import EncoderConfig
+from ..ops.attention import Segments, attention_scale
+from .block import NORM_EPS, Block, compute_dtype, layer_norm
+
+TRAINED_GRID = 37  # patches a side at DINOv2's 518-pixel training size
+REGISTERS = 4
+
+
+class PatchEmbed(nn.Module):
+    """Holder of the patch projection's parameters under DINOv2's name."""
+
+    def __init__(self, dim: int, patch_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, patch_size, stride=patch_size)
+
+
+class VisionTransformer(nn.Module):
+    """DINOv2's transformer; parameters are named as in its repository."""
+
+    register_tokens: nn.Parameter | None
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        dim, heads = config.dim, config.num_heads
+        self.patch_size = config.patch_size
+        self.num_heads = heads
+        self.gradient_checkpointing = config.gradient_checkpointing
+        # DINOv2 trained its register variants with antialiased resizing and no offset, the others with neither.
+        self.pos_offset = 0.0 if config.with_registers else 0.1
+        self.pos_antialias = config.with_registers
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, TRAINED_GRID**2 + 1, dim))
+        self.register_tokens = nn.Parameter(torch.zeros(1, REGISTERS, dim)) if config.with_registers else None
+        self.patch_embed = PatchEmbed(dim, config.patch_size)
+        self.blocks = nn.ModuleList(
+            [Block(dim, heads, init_values=1.0, gated=config.size == "giant") for _ in range(config.depth)]
+        )
+        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self._initialize()
+
+    def _initialize(self) -> None:
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=1e-6)
+        if self.register_tokens is not None:
+            nn.init.normal_(self.register_tokens, std=1e-6)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def position_embedding(self, rows: int, columns: int) -> Tensor:
+        """[1 + rows * columns, C]: the class token's row, then the patches', resized bicubically to the grid.
+
+        The offset of 0.1 enters the scale factor and so every sample position; it is part of the trained weights.
+        """
+        table = self.pos_embed[0]  # [1 + 37 * 37, C]
+        if rows == columns == TRAINED_GRID:
+            return table
+        grid = table[1:].float().reshape(1, TRAINED_GRID, TRAINED_GRID, -1).permute(0, 3, 1, 2)
+        if self.pos_offset:
+            scale = ((rows + self.pos_offset) / TRAINED_GRID, (columns + self.pos_offset) / TRAINED_GRID)
+            grid = F.interpolate(grid, scale_factor=scale, mode="bicubic", antialias=self.pos_antialias)
+        else:
+            grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", antialias=self.pos_antialias)
+        patches = grid.permute(0, 2, 3, 1).reshape(rows * columns, -1)
+        return torch.cat([table[:1].float(), patches])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[N, 3, H, W] normalised images -> [N, T, C] patch tokens, float32 (a view without the class token)."""
+        n, _, height, width = images.shape
+        rows, columns = height // self.patch_size, width // self.patch_size
+        dtype = compute_dtype(images)
+        proj = self.patch_embed.proj
+        assert proj.bias is not None
+        tokens = ops.tokenize(
+            images.to(dtype),
+            proj.weight.to(dtype),
+            proj.bias,
+            self.position_embedding(rows, columns),
+            self.cls_token[0, 0],
+            None if self.register_tokens is None else self.register_tokens[0],
+            out_dtype=images.dtype,
+        )  # [N, 1 + registers + T, C]
+        length = tokens.shape[1]
+        x = tokens.flatten(0, 1)  # [N * length, C]
+        segments = Segments.batched(n, length)
+        scale = attention_scale(x.shape[-1] // self.num_heads, length)
+        blocks = [b for b in self.blocks if isinstance(b, Block)]
+        y = layer_norm(x, blocks[0].norm1, dtype)
+        for i, block in enumerate(blocks):
+            last = i + 1 == len(blocks)
+            args = (x, y, segments, scale, self.norm if last else blocks[i + 1].norm1, (None, None))
+            out_dtype = x.dtype if last else dtype
+            if self.gradient_checkpointing and self.training:
+                x, y = checkpoint(block, *args, out_dtype, use_reentrant=False)
+            else:
+                x, y = block(*args, out_dtype)
+        return y.view(n, length, -1)[:, length - rows * columns :]
+
+
+class ImageEncoder(nn.Module):
+    """The image encoder under upstream's name and attributes."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.enc_embed_dim = config.dim
+        self.patch_size = config.patch_size
+        self.data_norm_type = config.data_norm_type
+        self.model = VisionTransformer(config)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[N, 3, H, W] normalised images -> [N, T, C] patch tokens."""
+        tokens: Tensor = self.model(images)
+        return tokens
+
+
+def grid_of(height: int, width: int, patch_size: int) -> tuple[int, int]:
+    """Rows and columns of patches.
+
+    Raises:
+        ValueError: when the size is not a multiple of the patch size.
+    """
+    if height % patch_size or width % patch_size or not height or not width:
+        nearest = tuple(max(1, math.floor(s / patch_size + 0.5)) * patch_size for s in (height, width))
+        raise ValueError(
+            f"img: expected height and width to be positive multiples of {patch_size}, got {height} x {width}; "
+            f"resize to {nearest[0]} x {nearest[1]}, or use model.infer, which resizes"
+        )
+    return height // patch_size, width // patch_size

@@ -1,0 +1,67 @@
+"""Pose head and scale head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def _pointwise(conv: nn.Conv2d, rows: Tensor) -> Tensor:
+    """A 1x1 convolution on token-major rows [..., C]."""
+    return F.linear(rows, conv.weight.flatten(1), conv.bias)
+
+
+class ResConvBlock(nn.Module):
+    """Three 1x1 convolutions with ReLU, plus the input (Reloc3r's pose head, arXiv 2412.08376)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.res_conv1 = nn.Conv2d(channels, channels, 1)
+        self.res_conv2 = nn.Conv2d(channels, channels, 1)
+        self.res_conv3 = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for conv in (self.res_conv1, self.res_conv2, self.res_conv3):
+            y = F.relu(_pointwise(conv, y))
+        return x + y
+
+
+class PoseHead(nn.Module):
+    """Patch tokens of a view -> translation and quaternion, before normalisation."""
+
+    def __init__(self, dim: int, patch_size: int, num_blocks: int) -> None:
+        super().__init__()
+        width = 4 * patch_size**2
+        self.proj = nn.Conv2d(dim, width, 1)
+        self.res_conv = nn.ModuleList([ResConvBlock(width) for _ in range(num_blocks)])
+        self.more_mlps = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
+        self.fc_t = nn.Linear(width, 3)
+        self.fc_rot = nn.Linear(width, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[N, T, C] -> [N, 7]: translation, then quaternion (x, y, z, w)."""
+        x = _pointwise(self.proj, tokens)
+        for block in self.res_conv:
+            x = block(x)
+        x = self.more_mlps(x.mean(dim=1))
+        return torch.cat([self.fc_t(x), self.fc_rot(x)], dim=1)
+
+
+class ScaleHead(nn.Module):
+    """The scale token -> the metric scale before its adaptor."""
+
+    def __init__(self, dim: int, hidden: int, num_layers: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, hidden)
+        self.mlp = nn.ModuleList([nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU()) for _ in range(num_layers)])
+        self.output_proj = nn.Linear(hidden, 1)
+
+    def forward(self, token: Tensor) -> Tensor:
+        """[B, C] -> [B, 1]."""
+        x = self.proj(token)
+        for layer in self.mlp:
+            x = layer(x)
+        scale: Tensor = self.output_proj(x)
+        return scale

@@ -1,0 +1,243 @@
+"""Which geometric inputs are given, for whom, and their normalisation (paper, section 3.2).
+
+Batches are view-major: row v*B + b is sample b of view v. Outside training no random number is drawn for a
+probability of 0 or 1; in training they are drawn in upstream's order, so that equal seeds drop equal inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import roma
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..config import ModalityConfig
+
+EPS = 1e-8  # upstream's guard in every division and logarithm
+
+View = dict[str, Any]
+
+
+@dataclass
+class DenseInput:
+    """A dense modality: the views that give it, its maps for those views, and who among all views uses it."""
+
+    views: list[int]
+    maps: Tensor  # [len(views) * B, H, W, channels]
+    mask: Tensor  # [V * B] bool
+
+
+@dataclass
+class VectorInput:
+    """A vector per view and who uses it."""
+
+    values: Tensor  # [V * B, channels]
+    mask: Tensor  # [V * B] bool
+
+
+@dataclass
+class Modalities:
+    """Everything that is added to the image tokens; None: nobody gave it."""
+
+    image_mask: Tensor | None = None  # [V * B] bool, None: all images are used
+    rays: DenseInput | None = None
+    depth: DenseInput | None = None
+    flow: DenseInput | None = None
+    depth_scale: VectorInput | None = None
+    rotation: VectorInput | None = None
+    translation: VectorInput | None = None
+    pose_scale: VectorInput | None = None
+
+
+class _Draw:
+    """Bernoulli draws with probabilities from the configuration."""
+
+    def __init__(self, training: bool, batch: int, views: int, device: torch.device) -> None:
+        self.training, self.batch, self.views, self.device = training, batch, views, device
+
+    def __call__(self, probability: float, count: int, device: torch.device | None = None) -> Tensor | bool:
+        """[count] bool, or one bool for all of them when nothing is random."""
+        if not self.training and probability in (0, 1):
+            return bool(probability)
+        return torch.rand(count, device=device or self.device) < probability
+
+    def per_sample(self, probability: float) -> Tensor | bool:
+        """One draw per sample, the same in all its views: [V * B]."""
+        drawn = self(probability, self.batch)
+        return drawn if isinstance(drawn, bool) else drawn.repeat(self.views)
+
+
+def _both(a: Tensor | bool, b: Tensor | bool) -> Tensor | bool:
+    if isinstance(a, bool):
+        return b if a else False
+    if isinstance(b, bool):
+        return a if b else False
+    return a & b
+
+
+class ModalityReader:
+    """Reads the modalities out of upstream's view dictionaries."""
+
+    def __init__(self, config: ModalityConfig, views: list[View], training: bool) -> None:
+        self.config = config
+        self.views = views
+        self.batch = views[0]["img"].shape[0]
+        self.device = views[0]["img"].device
+        self.draw = _Draw(training, self.batch, len(views), self.device)
+
+    def read(self) -> Modalities:
+        config, draw = self.config, self.draw
+        images = draw.per_sample(config.images_prob)
+        overall = draw.per_sample(config.overall_prob)
+        kept = draw(1 - config.dropout_prob, self.batch * len(self.views))
+        given = _both(kept, overall)
+        rays = _both(draw.per_sample(config.ray_dirs_prob), given)
+        depth = _both(draw.per_sample(config.depth_prob), given)
+        pose = _both(draw.per_sample(config.cam_prob), given)
+        flow = _both(draw.per_sample(config.doppler_prob), given)
+        out = Modalities(image_mask=None if images is True else self._filled(images))
+        self._read_rays(out, rays)
+        self._read_depth(out, depth)
+        self._read_pose(out, pose)
+        self._read_flow(out, flow)
+        return out
+
+    def _filled(self, mask: Tensor | bool) -> Tensor:
+        if isinstance(mask, Tensor):
+            return mask
+        return torch.full((self.batch * len(self.views),), mask, device=self.device)
+
+    def _provided(self, use: Tensor | bool, *keys: str) -> list[int]:
+        """Views that give all the keys, unless nobody may use them."""
+        if use is False:
+            return []
+        return [i for i, view in enumerate(self.views) if all(k in view for k in keys)]
+
+    def _mask(self, views: list[int], use: Tensor | bool) -> Tensor:
+        """[V * B]: used, and given by the view."""
+        given = torch.zeros(len(self.views), self.batch, dtype=torch.bool, device=self.device)
+        given[views] = True
+        return given.flatten() if isinstance(use, bool) else given.flatten() & use
+
+    def _maps(self, views: list[int], key: str, channels: int) -> Tensor:
+        """[len(views) * B, H, W, channels] float."""
+        size = (self.batch, *self.views[0]["img"].shape[-2:], channels)
+        for i in views:
+            shape = tuple(self.views[i][key].shape)
+            if shape != size:
+                raise ValueError(f"views[{i}][{key!r}]: expected {list(size)} as the images are, got {list(shape)}")
+        return torch.cat([self.views[i][key] for i in views]).to(self.views[0]["img"].dtype)
+
+    def _read_rays(self, out: Modalities, use: Tensor | bool) -> None:
+        views = self._provided(use, "ray_directions_cam")
+        if views:
+            out.rays = DenseInput(views, self._maps(views, "ray_directions_cam", 3), self._mask(views, use))
+
+    def _metric(self) -> Tensor:
+        """[V * B] bool: the sample's inputs of this view are in metres."""
+        flags = []
+        for view in self.views:
+            given = view.get("is_metric_scale")
+            none = torch.zeros(self.batch, dtype=torch.bool, device=self.device)
+            flags.append(none if given is None else given.to(self.device).reshape(self.batch).bool())
+        return torch.cat(flags)
+
+    def _read_depth(self, out: Modalities, use: Tensor | bool) -> None:
+        sparse = self.draw(self.config.sparse_depth_prob, 1, torch.device("cpu"))
+        views = self._provided(use, "depth_along_ray")
+        if not views:
+            return
+        mask = self._mask(views, use)
+        maps = self._maps(views, "depth_along_ray", 1)
+        metric = self._metric()
+        for row, view in enumerate(views):
+            used = mask[view * self.batch : (view + 1) * self.batch]
+            unknown = self._hidden_scale(used, view)
+            if unknown is not None:
+                metric[unknown] = False
+            if bool(sparse):
+                chunk = slice(row * self.batch, (row + 1) * self.batch)
+                maps[chunk] = self._sparsified(maps[chunk], used)
+        depth, log_scale = ops.normalize_depth(maps)
+        out.depth = DenseInput(views, depth, mask)
+        scales = maps.new_zeros(len(self.views), self.batch)
+        scales[views] = log_scale.reshape(len(views), self.batch).to(scales.dtype)
+        out.depth_scale = VectorInput(scales.reshape(-1, 1), mask & metric)
+
+    def _hidden_scale(self, used: Tensor, view: int) -> Tensor | None:
+        """Rows of this view whose depth is given without its metric scale."""
+        probability = self.config.depth_scale_norm_all_prob
+        if not self.draw.training and probability == 0:
+            return None
+        rows = used.nonzero()[:, 0] + view * self.batch
+        drawn = torch.rand(len(rows)) < probability
+        return rows[drawn.to(rows.device)]
+
+    def _sparsified(self, depth: Tensor, used: Tensor) -> Tensor:
+        """Remove a random share of this view's valid pixels, counted over the samples that use depth."""
+        valid = (depth > 0) & used[:, None, None, None]
+        index = valid.nonzero(as_tuple=True)
+        count = len(index[0])
+        removed = torch.randperm(count)[: int(count * self.config.sparsification_removal_percent)].to(depth.device)
+        out = depth.clone()
+        out[tuple(i[removed] for i in index)] = 0
+        return out
+
+    def _read_pose(self, out: Modalities, use: Tensor | bool) -> None:
+        views = self._provided(use, "camera_pose_quats", "camera_pose_trans")
+        hidden = self.draw(self.config.pose_scale_norm_all_prob, self.batch * len(self.views), torch.device("cpu"))
+        if not views:
+            return
+        if views[0] != 0:
+            raise ValueError(
+                f"views: views {views} give camera poses but the reference view 0 does not; poses are relative to "
+                "view 0, so give its pose too"
+            )
+        mask = self._mask(views, use)
+        quats, trans = self._relative_poses(views, mask)
+        distance = trans.view(len(self.views), self.batch, 3).norm(dim=-1)  # [V, B]
+        scale = (distance.sum(0) / ((distance > 0).sum(0) + EPS)).clip(min=EPS)  # [B]
+        per_row = scale.repeat(len(self.views))[:, None]  # [V * B, 1]
+        metric = self._metric()
+        if isinstance(hidden, Tensor):
+            metric = metric & ~hidden.to(self.device)
+        elif hidden:
+            metric = torch.zeros_like(metric)
+        out.rotation = VectorInput(quats, mask)
+        out.translation = VectorInput(trans / per_row, mask)
+        out.pose_scale = VectorInput(torch.log(per_row + EPS), mask & metric)
+
+    def _relative_poses(self, views: list[int], mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Poses in the reference view's camera, [V * B, 4] and [V * B, 3]; identity where they are not used."""
+        dtype = self.views[0]["img"].dtype
+        rows = len(self.views) * self.batch
+        quats = torch.tensor([0.0, 0.0, 0.0, 1.0], device=self.device, dtype=dtype).repeat(rows, 1)
+        trans = torch.zeros(rows, 3, device=self.device, dtype=dtype)
+        q0 = self.views[0]["camera_pose_quats"].to(dtype)
+        t0 = self.views[0]["camera_pose_trans"].to(dtype)
+        inverse = roma.quat_inverse(q0)
+        rotation = roma.unitquat_to_rotmat(inverse / inverse.norm(dim=-1, keepdim=True))  # [B, 3, 3]
+        for view in views:
+            chunk = slice(view * self.batch, (view + 1) * self.batch)
+            quats[chunk] = roma.quat_product(inverse, self.views[view]["camera_pose_quats"].to(dtype))
+            moved = self.views[view]["camera_pose_trans"].to(dtype) - t0
+            trans[chunk] = (rotation @ moved[..., None])[..., 0]
+        identity = quats.new_tensor([0.0, 0.0, 0.0, 1.0])
+        return torch.where(mask[:, None], quats, identity), trans.masked_fill(~mask[:, None], 0.0)
+
+    def _read_flow(self, out: Modalities, use: Tensor | bool) -> None:
+        views = self._provided(use, "radial_scene_flow")
+        if not views:
+            return
+        for key in ("pts3d_cam", "valid_mask"):
+            if key not in self.views[0]:
+                raise ValueError(f"views[0]: radial_scene_flow needs {key!r} of view 0, whose mean distance scales it")
+        points, valid = self.views[0]["pts3d_cam"], self.views[0]["valid_mask"]
+        distance = points.norm(dim=-1).masked_fill(~valid, 0.0).flatten(1).sum(1)  # [B]
+        factor = (distance / (valid.flatten(1).sum(1) + EPS)).clip(min=EPS)
+        maps = self._maps(views, "radial_scene_flow", 3)
+        maps = maps / (factor.repeat(len(views))[:, None, None, None] + EPS)
+        out.flow = DenseInput(views, maps, self._mask(views, use))

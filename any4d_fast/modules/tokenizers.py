@@ -1,0 +1,60 @@
+"""Tokenizers of the geometric inputs: dense maps to patch tokens, vectors to one token a view."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import ops
+from .block import NORM_EPS, layer_norm
+
+
+class ResidualConv(nn.Module):
+    """Two 3x3 convolutions with GELU and a shortcut."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        same = in_channels == out_channels
+        self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.conv2(F.gelu(self.conv1(x))) + self.shortcut(x))
+
+
+class DenseTokenizer(nn.Module):
+    """A dense map -> patch tokens (paper, section 3.2: rays, depth and Doppler)."""
+
+    def __init__(self, channels: int, dim: int, patch_size: int, widths: tuple[int, ...]) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.conv_in = nn.Conv2d(channels * patch_size**2, widths[0], 3, padding=1)
+        layers: list[nn.Module] = [ResidualConv(a, b) for a, b in zip(widths, widths[1:], strict=False)]
+        layers.append(nn.Conv2d(widths[-1], dim, 1))
+        self.encoder = nn.Sequential(*layers)
+        self.norm_layer = nn.LayerNorm(dim, eps=NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, H, W, channels] -> [N, T, C]."""
+        conv = self.conv_in
+        patches = ops.unshuffle_conv(x, conv.weight, conv.bias, self.patch_size)  # [N, h, w, widths[0]]
+        maps = self.encoder(patches.permute(0, 3, 1, 2))  # channels-last memory, [N, C, h, w]
+        return layer_norm(maps.permute(0, 2, 3, 1).flatten(1, 2), self.norm_layer)
+
+
+class VectorTokenizer(nn.Module):
+    """A vector per view -> one token that is added to every patch (rotation, translation, scales)."""
+
+    def __init__(self, channels: int, dim: int, widths: tuple[int, ...]) -> None:
+        super().__init__()
+        # Nested as upstream nests it, because state-dict keys carry the nesting.
+        encoder = nn.Sequential(nn.Linear(channels, widths[0]), nn.GELU())
+        for a, b in zip(widths, widths[1:], strict=False):
+            encoder = nn.Sequential(encoder, nn.Linear(a, b), nn.GELU())
+        self.encoder = nn.Sequential(encoder, nn.Linear(widths[-1], dim))
+        self.norm_layer = nn.LayerNorm(dim, eps=NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, channels] -> [N, C]."""
+        return layer_norm(self.encoder(x), self.norm_layer)
