@@ -1,0 +1,213 @@
+"""The command `any4d-fast`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from .demo import Errors
+    from .model import Any4D
+    from .pipeline import Run
+
+app = typer.Typer(
+    name="any4d-fast",
+    help="Metric 4D reconstruction from video: depth, cameras, points and scene flow, in metres.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(stderr=True)
+
+UNTRAINED = "[yellow]The weights are random (seeded): the geometry means nothing. Give --checkpoint for real results."
+
+Checkpoint = Annotated[
+    Optional[str], typer.Option("--checkpoint", help="Weights: .pth, .safetensors or a Hugging Face id.")
+]
+Preset = Annotated[Optional[str], typer.Option(help="Architecture: any4d, any4d-base or tiny.")]
+Device = Annotated[Optional[str], typer.Option(help="cuda, cuda:1 or cpu; by default a GPU where there is one.")]
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Turn what a user can mend into one line and exit status 2; anything else keeps its traceback."""
+    try:
+        yield
+    except (ValueError, ImportError, OSError) as error:
+        console.print(f"[bold red]error:[/] {error}", markup=True, highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt:
+        console.print("interrupted; nothing was half-written")
+        raise typer.Exit(130) from None
+
+
+@contextmanager
+def _progress(model: Any4D) -> Iterator[tuple[Callable[[str], None], Callable[[int], None]]]:
+    """A progress bar over the model's modules and blocks; yields what to call after a step and after reading."""
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from .stages import steps
+
+    columns = (SpinnerColumn(), TextColumn("{task.description:<22}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("reading", total=steps(model) + 1)
+
+        def on_step(stage: str) -> None:
+            bar.update(task, advance=1, description=stage)
+
+        def on_read(frames: int) -> None:
+            bar.update(task, advance=1, description=f"{frames} frames")
+
+        yield on_step, on_read
+
+
+def _parse_size(text: str | None) -> int | tuple[int, int] | None:
+    """`518` is the long side; `336x518` is height x width."""
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    try:
+        numbers = [int(p) for p in parts]
+    except ValueError:
+        numbers = []
+    if len(numbers) == 1:
+        return numbers[0]
+    if len(numbers) == 2:
+        return numbers[0], numbers[1]
+    raise ValueError(f"--size: expected a number (long side) or HEIGHTxWIDTH, got {text!r}")
+
+
+def _report(run: Run, paths: list[Path], details: dict[str, str]) -> None:
+    """The closing table."""
+    reconstruction = run.reconstruction
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column()
+    table.add_row("frames", str(reconstruction.num_views))
+    table.add_row("size", f"{reconstruction.width} x {reconstruction.height}")
+    for stage, seconds in run.times.seconds.items():
+        table.add_row(stage, f"{seconds:.2f} s")
+    table.add_row("total", f"{sum(run.times.seconds.values()):.2f} s")
+    table.add_row("peak memory", f"{run.peak_bytes / 2**30:.2f} GiB")
+    table.add_row("metric scale", f"{reconstruction.metric_scale:.4f}")
+    for name, value in details.items():
+        table.add_row(name, value)
+    for path in paths:
+        table.add_row("wrote", str(path))
+    Console().print(table)
+    if not run.trained:
+        console.print(UNTRAINED)
+
+
+@app.command()
+def reconstruct(
+    inputs: Annotated[list[Path], typer.Argument(help="A video, a folder of images, or image files in order.")],
+    output: Annotated[
+        list[Path], typer.Option("--output", "-o", help="Where to write: .npz, .ply, .glb, .rrd or .png; repeatable.")
+    ],
+    checkpoint: Checkpoint = None,
+    preset: Preset = None,
+    frames: Annotated[Optional[int], typer.Option(help="At most so many frames.", min=1)] = None,
+    stride: Annotated[int, typer.Option(help="Every how-many-th frame.", min=1)] = 1,
+    reference: Annotated[int, typer.Option(help="Frame whose camera is the world and whose pixels carry flow.")] = 0,
+    size: Annotated[Optional[str], typer.Option(help="Model size: the long side, or HEIGHTxWIDTH.")] = None,
+    device: Device = None,
+    intrinsics: Annotated[Optional[str], typer.Option(help="fx,fy,cx,cy in pixels of the given images, or a file.")] = None,
+    depth: Annotated[Optional[Path], typer.Option(help="Folder or file of z-depth: metres, or 16-bit millimetres.")] = None,
+    poses: Annotated[Optional[Path], typer.Option(help="File of camera-to-world poses: .npy, .txt (TUM, KITTI), .json.")] = None,
+) -> None:
+    """Reconstruct a clip."""
+    with _plain_errors():
+        from .io.export import check_output, save
+        from .pipeline import load_model, run
+
+        for path in output:
+            check_output(path)
+        chosen = _parse_size(size)
+        model, trained = load_model(checkpoint, preset, device)
+        with _progress(model) as (on_step, on_read):
+            result = run(
+                model, inputs[0] if len(inputs) == 1 else inputs, frames=frames, stride=stride, reference=reference,
+                size=chosen, intrinsics=intrinsics, depth=depth, poses=poses, trained=trained, on_step=on_step,
+                on_read=on_read,
+            )  # fmt: skip
+        for path in output:
+            save(result.reconstruction, path)
+        _report(result, output, {})
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write into.")] = Path("demo_out"),
+    checkpoint: Checkpoint = None,
+    preset: Preset = None,
+    frames: Annotated[int, typer.Option(help="Frames of the synthetic clip.", min=1)] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of the synthetic scene.")] = 0,
+    device: Device = None,
+) -> None:
+    """Reconstruct a synthetic clip, write every output format, and print the error against ground truth."""
+    with _plain_errors():
+        from .demo import run_demo
+        from .pipeline import load_model
+
+        model, trained = load_model(checkpoint, preset or (None if checkpoint else "tiny"), device)
+        with _progress(model) as (on_step, _):
+            result, errors, paths = run_demo(
+                model, output, frames=frames, seed=seed, trained=trained, on_step=on_step
+            )
+        _report(result, paths, _error_rows(errors))
+
+
+def _error_rows(errors: Errors) -> dict[str, str]:
+    rows: dict[str, Any] = {
+        "depth AbsRel": (errors.depth_abs_rel, "{:.3f} (median-scaled)"),
+        "depth scale": (errors.scale_ratio, "{:.3f} of the true one"),
+        "flow EPE, moving": (
+            errors.flow_epe,
+            f"{{:.3f}} m (predicting no motion: {errors.flow_epe_of_no_motion:.3f} m)",
+        ),
+        "rotation error": (errors.rotation_degrees, "{:.2f} degrees (median)"),
+        "focal length error": (errors.focal_percent, "{:.1f} %"),
+    }
+    return {name: text.format(value) for name, (value, text) in rows.items() if value is not None}
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Checkpoint: .pth as upstream saves it, or .safetensors.")],
+    target: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
+    preset: Annotated[str, typer.Option(help="Architecture of the checkpoint.")] = "any4d",
+) -> None:
+    """Check a checkpoint and write it as .safetensors, each tensor once."""
+    with _plain_errors():
+        from .checkpoint import convert as convert_checkpoint
+        from .config import preset as preset_config
+
+        count = convert_checkpoint(source, target, preset_config(preset))
+        typer.echo(f"wrote {target}: {count} tensors, {target.stat().st_size / 2**20:.1f} MiB")
+
+
+@app.command()
+def info() -> None:
+    """Versions, GPUs, and which backends can run here."""
+    from .info import main as print_info
+
+    raise typer.Exit(print_info([]))
+
+
+def main() -> None:
+    """Entry point of the command."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    app(prog_name="any4d-fast")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
