@@ -34,6 +34,21 @@ class Run:
     trained: bool = True
 
 
+def pick_device(device: torch.device | str | None) -> torch.device:
+    """The device asked for, or a GPU where there is one.
+
+    Raises:
+        ValueError: no such device, or it is not available here.
+    """
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"device: expected 'cuda', 'cuda:N' or 'cpu', got {device!r}") from error
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: {chosen} is not available; PyTorch sees {torch.cuda.device_count()} CUDA devices")
+    return chosen
+
+
 def load_model(
     checkpoint: PathLike | None, preset: str | None, device: torch.device | str | None = None
 ) -> tuple[Any4D, bool]:
@@ -48,7 +63,7 @@ def load_model(
             "checkpoint: give Any4D weights (a .pth or .safetensors file or a Hugging Face id), or a preset such as "
             "'tiny', whose weights are random"
         )
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    target = pick_device(device)
     if checkpoint is not None:
         return Any4D.from_pretrained(checkpoint, config=preset, device=target), True
     assert preset is not None

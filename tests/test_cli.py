@@ -94,6 +94,10 @@ BAD = {
     ),
     "frames below 1": (["reconstruct", "{images}", "-o", "x.npz", "--preset", "tiny", "--frames", "0"], "frames"),
     "convert to another format": (["convert", "{tmp}/bad.pth", "{tmp}/out.pth"], "safetensors"),
+    "no such GPU": (
+        ["reconstruct", "{images}", "-o", "x.npz", "--preset", "tiny", "--device", "cuda:99"],
+        "device",
+    ),
     "unknown device": (["reconstruct", "{images}", "-o", "x.npz", "--preset", "tiny", "--device", "abacus"], "device"),
 }
 
