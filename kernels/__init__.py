@@ -6,6 +6,8 @@ import the module of the op that is needed.
 
 from __future__ import annotations
 
+import os
+
 _NAME = "any4d_fast.kernels"
 
 # Run from the repository's root, `import kernels` would find this folder in the place of Hugging Face's `kernels`.
@@ -15,3 +17,8 @@ if __name__ != _NAME:
         f"write `import {_NAME}`; if you meant another package called {__name__!r}, "
         "take the root of the any4d-fast repository off sys.path"
     )
+
+if os.environ.get("TRITON_INTERPRET", "0") == "1":
+    from ._interpreter import install
+
+    install()

@@ -1,0 +1,253 @@
+"""Dense self-attention over packed QKV rows read in place, over segments of one buffer (DESIGN section 2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from .. import backends
+from ..reference.attention import Segments, merge_segments, split_segments
+from ..reference.attention import attention as reference_attention
+from ._library import define
+
+__all__ = ["Segments", "attention", "attention_scale"]
+
+HEAD_DIMS = (32, 48, 64, 80, 96, 128)
+"""Head dims of the Triton kernels; the other backends take more."""
+
+_KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _forward_impl(qkv: Tensor, segments: list[int], scale: float) -> tuple[Tensor, Tensor]:
+    from ..kernels import attention as kernels
+
+    return kernels.forward(qkv, segments, scale)
+
+
+def _forward_fake(qkv: Tensor, segments: list[int], scale: float) -> tuple[Tensor, Tensor]:
+    rows, _, heads, head_dim = qkv.shape
+    return qkv.new_empty((rows, heads, head_dim)), qkv.new_empty((heads, rows), dtype=torch.float32)
+
+
+def _backward_impl(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    segments: list[int],
+    scale: float,
+    deterministic: bool,
+) -> Tensor:
+    from ..kernels import attention_backward as kernels
+
+    return kernels.backward(grad_out, grad_lse, qkv, out, lse, segments, scale, deterministic)
+
+
+def _backward_fake(grad_out: Tensor, grad_lse: Tensor | None, qkv: Tensor, *rest: Any) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+_forward = define(
+    "attention_forward",
+    "(Tensor qkv, SymInt[] segments, float scale) -> (Tensor, Tensor)",
+    _forward_impl,
+    _forward_fake,
+)
+_backward = define(
+    "attention_backward",
+    "(Tensor grad_out, Tensor? grad_lse, Tensor qkv, Tensor out, Tensor lse, SymInt[] segments, float scale, "
+    "bool deterministic) -> Tensor",
+    _backward_impl,
+    _backward_fake,
+)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, scale: float, deterministic: bool, *segments: int) -> tuple[Tensor, Tensor]:
+        out, lse = _forward(qkv, list(segments), scale)
+        ctx.save_for_backward(qkv, out, lse)
+        ctx.segments, ctx.scale, ctx.deterministic = segments, scale, deterministic
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * (2 + len(ctx.segments))
+        if not ctx.needs_input_grad[0] or (grad_out is None and grad_lse is None):
+            return None, *nothing
+        qkv, out, lse = ctx.saved_tensors
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        segments = list(ctx.segments)
+        grad = _backward(grad_out, grad_lse, qkv, out, lse, segments, ctx.scale, ctx.deterministic)
+        return grad, *nothing
+
+
+def _sdpa(qkv: Tensor, segments: Segments, scale: float, name: str) -> Tensor:
+    """PyTorch's scaled_dot_product_attention, forced onto one library and differentiated natively."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    kernel = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}[name]
+    windows = split_segments(qkv, segments)  # [groups, count, length, 3, heads, head_dim]
+    q, k, v = windows.flatten(0, 1).permute(2, 0, 3, 1, 4).unbind(0)  # views where strides allow: no copy for batch 1
+    with sdpa_kernel(kernel):
+        found = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    found = found.transpose(1, 2).unflatten(0, (segments.groups, segments.count))
+    return merge_segments(found, segments, qkv.shape[0])
+
+
+def _triton_reasons(qkv: Tensor, **request: Any) -> list[str]:
+    why_not = backends.triton_reasons(qkv)
+    if qkv.dtype not in _KERNEL_DTYPES:
+        why_not.append(f"dtype {qkv.dtype} is not bfloat16, float16 or float32")
+    if qkv.shape[3] not in HEAD_DIMS:
+        why_not.append(f"head_dim {qkv.shape[3]} is not one of {', '.join(map(str, HEAD_DIMS))}")
+    return why_not
+
+
+def _sdpa_reasons(name: str, max_head_dim: int) -> Callable[..., list[str]]:
+    def reasons(qkv: Tensor, *, segments: Segments, deterministic: bool, return_lse: bool) -> list[str]:
+        if not qkv.is_cuda:
+            return [f"tensors are on {qkv.device.type}; {name} runs on CUDA devices"]
+        why_not = []
+        capability = backends.capability(qkv.device.index or 0)
+        if capability < (8, 0):
+            why_not.append(f"compute capability {capability} is older than 8.0")
+        if name == "cudnn" and not torch.backends.cudnn.is_available():
+            why_not.append("this PyTorch has no cuDNN")
+        if qkv.dtype not in (torch.bfloat16, torch.float16):
+            why_not.append(f"dtype {qkv.dtype} is not bfloat16 or float16")
+        if qkv.shape[3] % 8 or qkv.shape[3] > max_head_dim:
+            why_not.append(f"head_dim {qkv.shape[3]} is not a multiple of 8 up to {max_head_dim}")
+        if return_lse:
+            why_not.append("scaled_dot_product_attention does not return the log-sum-exp")
+        if deterministic:
+            why_not.append("only the triton backend promises a deterministic backward")
+        if segments.end == 0:
+            why_not.append("there is no row to attend")
+        return why_not
+
+    return reasons
+
+
+backends.register(
+    "attention",
+    triton=_triton_reasons,
+    cudnn=_sdpa_reasons("cudnn", 128),
+    flash=_sdpa_reasons("flash", 256),
+)
+
+
+def attention_scale(
+    head_dim: int,
+    length: int,
+    scalable_softmax: bool = False,
+    entropy_scaling: bool = False,
+    base_token_count: int = 444,
+    growth_factor: float = 1.4,
+) -> float:
+    """Factor on q k^T: head_dim**-0.5 with upstream's optional corrections for long sequences.
+
+    Scalable softmax (arXiv 2501.19399) multiplies the queries by log(length); entropy scaling (arXiv 2502.07785)
+    by sqrt(growth_factor * log(length) / log(base_token_count)). Both are constant over a segment, so they are
+    part of the scale.
+
+    Args:
+        head_dim: channels of one head.
+        length: rows of one segment.
+        scalable_softmax: multiply by log(length).
+        entropy_scaling: multiply by the square root above.
+        base_token_count: tokens at which entropy scaling with a growth factor of 1 is the identity.
+        growth_factor: how fast the logits grow with length under entropy scaling.
+
+    Raises:
+        ValueError: a correction is asked for and `length` is below 1 or `base_token_count` below 2.
+    """
+    scale = head_dim**-0.5
+    if (scalable_softmax or entropy_scaling) and length < 1:
+        raise ValueError(f"length: expected at least 1 row to scale by its logarithm, got {length}")
+    if scalable_softmax:
+        scale *= math.log(length)
+    if entropy_scaling:
+        if base_token_count < 2:
+            raise ValueError(f"base_token_count: expected at least 2, got {base_token_count}")
+        scale *= math.sqrt(growth_factor * math.log(length) / math.log(base_token_count))
+    return scale
+
+
+def _check(qkv: Tensor, segments: Segments, scale: float | None) -> None:
+    got = f"got {list(qkv.shape)} {str(qkv.dtype).removeprefix('torch.')}"
+    if qkv.dim() != 4 or qkv.shape[1] != 3:
+        raise ValueError(f"qkv: expected [rows, 3, heads, head_dim], {got}; view the projection's rows as 3 x heads")
+    if not qkv.dtype.is_floating_point:
+        raise ValueError(f"qkv: expected a floating-point dtype, {got}; cast it to bfloat16, float16 or float32")
+    if qkv.shape[2] == 0 or qkv.shape[3] == 0:
+        raise ValueError(f"qkv: expected at least one head and one channel, {got}")
+    if qkv.stride(3) != 1 and qkv.shape[3] > 1:
+        raise ValueError(
+            f"qkv: expected a contiguous last dimension, got strides {qkv.stride()}; call .contiguous() on it"
+        )
+    if segments.end > qkv.shape[0]:
+        raise ValueError(
+            f"segments: expected to end within qkv's {qkv.shape[0]} rows, got {segments}, "
+            f"whose last row is {segments.end - 1}"
+        )
+    if scale is not None and not 0 <= scale < math.inf:
+        raise ValueError(f"scale: expected a finite factor of 0 or more, got {scale}")
+
+
+def attention(
+    qkv: Tensor,
+    *,
+    segments: Segments,
+    scale: float | None = None,
+    backend: str | None = None,
+    deterministic: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale * q k^T) v within every segment; not causal, no dropout.
+
+    Queries, keys and values are read where the projection wrote them, through qkv's strides. Upstream's global blocks
+    are `Segments.global_`, its frame blocks `Segments.frame`, its image encoder `Segments.batched`.
+
+    Args:
+        qkv: [rows, 3, heads, head_dim] bfloat16, float16, float32 (float64: eager only). Any strides but the last.
+        segments: which rows attend to which. Rows in no segment are neither read nor attended to: their output,
+            log-sum-exp and gradient are exactly zero.
+        scale: factor on q k^T; head_dim**-0.5 by default. See `attention_scale`.
+        backend: "triton", "cudnn", "flash", "eager", or None for automatic choice.
+        deterministic: gradients bitwise equal from run to run. The Triton backward then recomputes the scores twice
+            (7 matrix products instead of 5; kernels/NOTES.md has the cost). `torch.use_deterministic_algorithms`
+            implies it. The forward is always deterministic.
+        return_lse: also return the log-sum-exp of the scaled scores; it is differentiable.
+
+    Returns:
+        out [rows, heads, head_dim] in qkv's dtype; with `return_lse` also lse [heads, rows] float32, natural
+        logarithm (float64 for float64 inputs).
+
+    Raises:
+        ValueError: wrong rank, shape, dtype or strides, or segments that leave the buffer.
+        BackendError: the backend asked for cannot run this call.
+    """
+    _check(qkv, segments, scale)
+    if scale is None:
+        scale = attention_scale(qkv.shape[3], segments.length)
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    name = backends.select(
+        "attention", backend, qkv, segments=segments, deterministic=deterministic, return_lse=return_lse
+    )
+    if name == "eager":
+        return reference_attention(qkv, segments, scale, return_lse)
+    if name != "triton":
+        return _sdpa(qkv, segments, scale, name)
+    out, lse = _Attention.apply(qkv, scale, deterministic, *segments.as_list())
+    return (out, lse) if return_lse else out

@@ -1,0 +1,57 @@
+"""Mends of Triton's CPU interpreter, so that kernels can be tested without a GPU.
+
+Imported before any kernel when TRITON_INTERPRET=1 and never otherwise. In triton 3.6 to 3.9 the interpreter
+multiplies the raw bits of bfloat16 operands in `tl.dot`, truncates float32 to bfloat16 where GPUs round to nearest
+even, and asks for a driver in `@triton.autotune`; 3.6 also needs `int()` of one-element arrays, which numpy 2.4 forbids.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+from triton.runtime.autotuner import Autotuner
+
+_convert_float = interpreter._convert_float
+_create_dot = interpreter.InterpreterBuilder.create_dot
+_patch_lang_tensor = interpreter._patch_lang_tensor
+
+
+def _rounding_convert(x: Any, source: Any, target: Any, rounding: Any) -> Any:
+    if source == tl.float32 and target == tl.bfloat16:
+        bits = np.ascontiguousarray(x).view(np.uint32)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        return np.where(np.isnan(bits.view(np.float32)), np.uint16(0x7FC0), rounded)
+    if source == tl.bfloat16 and target == tl.float32:
+        return np.ascontiguousarray(x).view(np.uint16).astype(np.uint32) << 16
+    return _convert_float(x, source, target, rounding)
+
+
+def _upcast(handle: Any) -> Any:
+    if handle.dtype.scalar != tl.bfloat16:
+        return handle
+    data = _rounding_convert(handle.data, tl.bfloat16, tl.float32, None).view(np.float32)
+    return interpreter.TensorHandle(data, tl.float32)
+
+
+def _dot(self: Any, a: Any, b: Any, d: Any, *args: Any) -> Any:
+    return _create_dot(self, _upcast(a), _upcast(b), d, *args)
+
+
+def _first_config(self: Any, *args: Any, config: Any, **kwargs: Any) -> list[float]:
+    return [0.0, 0.0, 0.0]
+
+
+def _indexable(tensor: Any, *scope: Any) -> None:
+    _patch_lang_tensor(tensor, *scope)
+    tensor.__index__ = lambda self: int(np.asarray(self.handle.data).reshape(()))
+
+
+def install() -> None:
+    """Patch the interpreter; call once, before kernels are decorated."""
+    interpreter._convert_float = _rounding_convert
+    interpreter.InterpreterBuilder.create_dot = _dot
+    interpreter._patch_lang_tensor = _indexable
+    Autotuner._bench = _first_config

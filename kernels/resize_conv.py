@@ -1,0 +1,314 @@
+"""Bilinear resize, 3x3 convolution, ReLU and 1x1 convolution, with no full-resolution map in memory.
+
+Two kernels take turns over stretches of all the views' pixels: one resizes a stretch into a strip that stays in the L2
+cache (see `_resize`), the other reads it back as the left operand of nine shifted matmuls, and finishes bias, ReLU and
+the 1x1 convolution on the tile that it holds. A stretch is a whole number of waves of tiles, whatever the image's size.
+
+Interpolating inside the matmul instead would read four neighbours for each of nine taps: `notes/resize_conv.md`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ._resize import Canvas, new_strip, resize, resize_kernel
+from ._rows import processors
+from .aot import AotCase
+from .tokenize import major, precision
+
+COUT = 16
+"""Output channels are padded to one `tl.dot` tile."""
+
+
+class Tiles(NamedTuple):
+    """Pixels of a tile, depth of one matmul step, warps, stages; how a launch walks over a stretch.
+
+    `tma` loads through tensor descriptors. `pixel_rows` makes pixels the rows of the matmul's accumulator, otherwise
+    channels are. `flatten` starts the next tile's loads during a tile's epilogue. `waves` is the length of a stretch:
+    tiles for each multiprocessor.
+    """
+
+    pixels: int
+    bk: int
+    warps: int
+    stages: int
+    tma: bool = False
+    pixel_rows: bool = False
+    flatten: bool = False
+    waves: int = 3
+    per_sm: int = 1
+
+
+def tiles(dtype: torch.dtype, hidden: int, index: int | None) -> Tiles:
+    """Tile for a dtype, hidden channels padded to a power of two, and a device."""
+    return forward_tiles(dtype.itemsize, precision(dtype) == "ieee", hidden, generation(index))
+
+
+def generation(index: int | None) -> int:
+    """Capability major of a device, the nearest that has tiles."""
+    return min(max(major(index), 8), 10)
+
+
+def forward_tiles(size: int, exact: bool, hidden: int, target: int) -> Tiles:
+    """Tile for bytes of an element, float32 without TF32, hidden channels, and capability major."""
+    if exact:
+        # The FMA units take their operands from registers: small tiles.
+        return Tiles(32 if hidden > 64 else 64, 16, 8, 1, pixel_rows=True)
+    if hidden < 64:
+        # Fewer rows than one wgmma has.
+        return Tiles(128, 64 * 2 // size, 4, 3, pixel_rows=True)
+    if target == 8:
+        # 163 KB of shared memory, and accumulators share the registers with mma.sync's operands.
+        return Tiles(128 if hidden <= 128 else 64, 64 if size == 2 else 32, 8, 3, pixel_rows=True)
+    # 128 channels x 256 pixels: the largest accumulator that 8 warps hold (128 registers a thread), with channels in the
+    # rows, so that a wgmma is 64 x 256 and reads 80 bytes of shared memory a clock, where 64 x 128 would read 96.
+    return Tiles(256 if hidden <= 128 else 128, 128 // size, 8, 4, tma=True)
+
+
+@triton.jit
+def convolve(
+    strip,  # [places, CHANNELS], or its descriptor
+    weight,  # [9 * ROWS, CHANNELS], or its descriptor
+    place,
+    pitch,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BP: tl.constexpr,
+    BK: tl.constexpr,
+    TMA: tl.constexpr,
+    PIXEL_ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """3x3 convolution of BP places from `place` on: [BP, ROWS] with PIXEL_ROWS, [ROWS, BP] without."""
+    STEPS: tl.constexpr = CHANNELS // BK
+    lane = tl.arange(0, BK)[None, :]
+    pixel_lane = tl.arange(0, BP)[:, None] * CHANNELS + lane
+    weight_lane = tl.arange(0, ROWS)[:, None] * CHANNELS + lane
+    if PIXEL_ROWS:
+        acc = tl.zeros([BP, ROWS], tl.float32)
+    else:
+        acc = tl.zeros([ROWS, BP], tl.float32)
+    for step in tl.range(0, 9 * STEPS):
+        tap = step // STEPS
+        k = step % STEPS * BK
+        neighbour = place + (tap // 3 - 1) * pitch + (tap % 3 - 1)
+        if TMA:
+            pixels = strip.load([neighbour, k])
+            taps = weight.load([tap * ROWS, k])
+        else:
+            pixels = tl.load(strip + (neighbour.to(tl.int64) * CHANNELS + k) + pixel_lane)
+            taps = tl.load(weight + (tap * ROWS * CHANNELS + k) + weight_lane)
+        if PIXEL_ROWS:
+            acc = tl.dot(pixels, taps.T, acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(taps, pixels.T, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def locate(place, places, height, width):
+    """Pixel (n * H + y) * W + x of a place, and whether the place is one."""
+    pitch = width + 1
+    row = place // pitch
+    x = place - row * pitch
+    view = row // (height + 1)
+    inside = (place < places) & (x < width) & (row - view * (height + 1) < height)
+    return (row - view).to(tl.int64) * width + x, inside
+
+
+@triton.jit(do_not_specialize=["start", "origin", "count", "places", "height", "width"])
+def resize_conv_kernel(
+    strip,  # [*, CHANNELS], or its descriptor
+    weight3,  # [9 * ROWS, CHANNELS], or its descriptor
+    bias3_ptr,  # [ROWS] float32
+    weight1_ptr,  # [16, ROWS], zeros in the padding
+    bias1_ptr,  # [cout]
+    out_ptr,  # [N, H, W, cout]
+    start,
+    origin,
+    count,
+    places,
+    height,
+    width,
+    COUT: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BP: tl.constexpr,
+    BK: tl.constexpr,
+    TMA: tl.constexpr,
+    PIXEL_ROWS: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`count` tiles from place `start` on; the strip's first row is place `origin`."""
+    dtype = out_ptr.dtype.element_ty
+    channel = tl.arange(0, 16)
+    hidden = tl.arange(0, ROWS)
+    for tile in tl.range(tl.program_id(0), count, tl.num_programs(0), flatten=FLATTEN):
+        place = start + tile * BP
+        acc = convolve(
+            strip, weight3, place - origin, width + 1, ROWS, CHANNELS, BP, BK, TMA, PIXEL_ROWS, PRECISION
+        )
+        bias3 = tl.load(bias3_ptr + hidden)
+        bias1 = tl.load(bias1_ptr + channel, mask=channel < COUT, other=0.0).to(tl.float32)
+        pixel, inside = locate(place + tl.arange(0, BP), places, height, width)
+        # Comparing, where a maximum would turn NaN into zero.
+        if PIXEL_ROWS:
+            acc += bias3[None, :]
+            features = tl.where(acc < 0.0, 0.0, acc).to(dtype)
+            weight1 = tl.load(weight1_ptr + channel[None, :] * ROWS + hidden[:, None])
+            result = tl.dot(features, weight1, input_precision=PRECISION) + bias1[None, :]
+            out = out_ptr + pixel[:, None] * COUT + channel[None, :]
+            mask = inside[:, None] & (channel < COUT)[None, :]
+        else:
+            acc += bias3[:, None]
+            features = tl.where(acc < 0.0, 0.0, acc).to(dtype)
+            weight1 = tl.load(weight1_ptr + channel[:, None] * ROWS + hidden[None, :])
+            result = tl.dot(weight1, features, input_precision=PRECISION) + bias1[:, None]
+            out = out_ptr + pixel[None, :] * COUT + channel[:, None]
+            mask = inside[None, :] & (channel < COUT)[:, None]
+        tl.store(out, result.to(dtype), mask=mask)
+
+
+def padded(channels: int, step: int) -> int:
+    """Channels of a strip: whole matmul steps."""
+    return triton.cdiv(channels, step) * step
+
+
+def step_of(t: Tiles, channels: int) -> int:
+    """Depth of a matmul step: a map with fewer channels takes fewer."""
+    return min(t.bk, triton.next_power_of_2(channels))
+
+
+def pack(weight: Tensor, rows: int, channels: int, dtype: torch.dtype) -> Tensor:
+    """[M, C, 3, 3] to [9 * rows, channels], tap after tap, padded with zeros."""
+    m, c = weight.shape[:2]
+    taps = weight.permute(2, 3, 0, 1).reshape(9, m, c).to(dtype)
+    if (m, c) == (rows, channels):
+        return taps.reshape(9 * rows, channels).contiguous()
+    packed = torch.zeros(9, rows, channels, device=weight.device, dtype=dtype)
+    packed[:, :m, :c] = taps
+    return packed.view(9 * rows, channels)
+
+
+def pack_rows(vectors: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """[a, b] to [rows, columns], padded with zeros."""
+    packed = torch.zeros(rows, columns, device=vectors.device, dtype=dtype)
+    packed[: vectors.shape[0], : vectors.shape[1]] = vectors
+    return packed
+
+
+def operands(strip: Tensor, weight: Tensor, rows: int, step: int, t: Tiles) -> tuple[object, object]:
+    """Strip and packed weight as `convolve` takes them."""
+    if not t.tma:
+        return strip, weight
+    return (
+        TensorDescriptor.from_tensor(strip, [t.pixels, step]),
+        TensorDescriptor.from_tensor(weight, [rows, step]),
+    )
+
+
+def readable(x: Tensor) -> Tensor:
+    """The map with unit stride in channels: a copy where it has another."""
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def stretches(total: int, limit: int, wave: int) -> int:
+    """Tiles of one stretch: stretches of equal length, whole waves, `limit` tiles at most."""
+    count = triton.cdiv(total, limit)
+    return min(limit, triton.cdiv(triton.cdiv(total, count), wave) * wave)
+
+
+def resize_conv_forward(
+    x: Tensor,  # [N, h, w, C]
+    size: tuple[int, int],
+    weight3: Tensor,  # [M, C, 3, 3]
+    bias3: Tensor,  # [M]
+    weight1: Tensor,  # [Cout, M]
+    bias1: Tensor,  # [Cout]
+    config: Tiles | None = None,
+) -> Tensor:
+    """[N, H, W, Cout] in x's dtype; one strip of scratch, a few dozen megabytes whatever the number of views."""
+    canvas = Canvas(x.shape[0], *size)
+    m, cout = weight3.shape[0], weight1.shape[0]
+    out = torch.empty(canvas.views, *size, cout, device=x.device, dtype=x.dtype)
+    if out.numel() == 0:
+        return out
+    x = readable(x)
+    rows = max(16, triton.next_power_of_2(m))
+    t = config or tiles(x.dtype, rows, x.device.index)
+    step = step_of(t, x.shape[3])
+    channels = padded(x.shape[3], step)
+    wave = processors(x.device) * t.per_sm
+    total = triton.cdiv(canvas.places, t.pixels)
+    count = stretches(total, wave * t.waves, wave)
+    strip = new_strip(canvas, canvas.most_rows(min(count, total) * t.pixels), channels, x)
+    bias = pack_rows(bias3[None], 1, rows, torch.float32)
+    last = pack_rows(weight1, COUT, rows, x.dtype)
+    pixels, weight = operands(strip, pack(weight3, rows, channels, x.dtype), rows, step, t)
+    with torch.cuda.device_of(x):
+        for first in range(0, total, count):
+            tiles_now = min(count, total - first)
+            start = first * t.pixels
+            top, strip_rows = canvas.rows(start, tiles_now * t.pixels)
+            resize(x, canvas, strip, top, strip_rows)
+            resize_conv_kernel[(min(tiles_now, wave),)](
+                pixels, weight, bias, last, bias1.contiguous(), out, start, top * canvas.pitch, tiles_now, canvas.places, *size,
+                COUT=cout, ROWS=rows, CHANNELS=channels, BP=t.pixels, BK=step, TMA=t.tma, PIXEL_ROWS=t.pixel_rows,
+                FLATTEN=t.flatten, PRECISION=precision(x.dtype), num_warps=t.warps, num_stages=t.stages,
+            )  # fmt: skip
+    return out
+
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def _case(kind: str, how: str, rows: int, target: int) -> AotCase:
+    t = forward_tiles(DTYPES[kind].itemsize, how == "ieee", rows, target)
+    step = step_of(t, rows)
+    types = dict.fromkeys(("start", "origin", "count", "places", "height", "width"), "i32")
+    types |= {name: f"*{kind}" for name in ("weight1_ptr", "bias1_ptr", "out_ptr", "strip", "weight3")}
+    types["bias3_ptr"] = "*fp32"
+    if t.tma:
+        types |= {"strip": f"tensordesc<{kind}[{t.pixels}, {step}]>", "weight3": f"tensordesc<{kind}[{rows}, {step}]>"}
+    return AotCase(
+        name=f"resize_conv_{kind}_{how}_{rows}_sm{target}0",
+        kernel=resize_conv_kernel,
+        types=types,
+        constants={
+            "COUT": 6, "ROWS": rows, "CHANNELS": rows, "BP": t.pixels, "BK": step, "TMA": t.tma,
+            "PIXEL_ROWS": t.pixel_rows, "FLATTEN": t.flatten, "PRECISION": how,
+        },  # fmt: skip
+        aligned=tuple(name for name, kind in types.items() if kind.startswith("*")),
+        options={"num_warps": t.warps, "num_stages": t.stages},
+        targets=(target * 10,),
+    )
+
+
+def aot_cases() -> list[AotCase]:
+    """The model's heads (128 channels), smaller and larger ones, in every dtype; and the resize."""
+    cases = []
+    for target in (8, 9, 10):
+        for rows in (32, 64, 128, 256):
+            cases += [_case(kind, "tf32", rows, target) for kind in ("fp16", "bf16", "fp32")]
+            cases.append(_case("fp32", "ieee", rows, target))
+    return cases + [_resize_case(kind) for kind in DTYPES]
+
+
+def _resize_case(kind: str) -> AotCase:
+    integers = ("top", "views", "small_h", "small_w", "height", "width", "channels", "stride_n", "stride_h", "stride_w")
+    types = {"x_ptr": f"*{kind}", "strip_ptr": f"*{kind}"} | dict.fromkeys(integers, "i32")
+    return AotCase(
+        name=f"resize_{kind}",
+        kernel=resize_kernel,
+        types=types | {"scale_y": "fp32", "scale_x": "fp32"},
+        constants={"CHANNELS": 128, "BX": 64, "BC": 128},
+        aligned=("x_ptr", "strip_ptr", "channels", "stride_n", "stride_h", "stride_w"),
+        options={"num_warps": 8},
+    )

@@ -1,0 +1,272 @@
+"""Triton `resize_conv` against the float64 oracle: in the interpreter, and on a GPU at the model's sizes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from any4d_fast import testing
+from any4d_fast.ops.resize_conv import resize_conv
+from any4d_fast.reference.resize_conv import resize_conv as reference
+from tests.kernels_common import DEVICE, GPU, gpu_only, kernel_test
+
+pytestmark = kernel_test
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+NAMES = ("x", "weight3", "bias3", "weight1", "bias1")
+Size = tuple[int, int]
+
+
+@pytest.fixture(autouse=True)
+def exact_products() -> Any:
+    """PyTorch's convolutions use TF32 unless told not to; the kernels follow the matmul's setting."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def inputs(
+    shape: tuple[int, int, int, int], hidden: int, outputs: int, dtype: torch.dtype, parameters: torch.dtype | None = None
+) -> list[Tensor]:
+    """x, weight3, bias3, weight1, bias1, with activations of order one."""
+    generator = torch.Generator().manual_seed(math.prod(shape) + hidden)
+    channels = shape[3]
+    sizes = (shape, (hidden, channels, 3, 3), (hidden,), (outputs, hidden, 1, 1), (outputs,))
+    given = [torch.randn(size, generator=generator) for size in sizes]
+    given[1] /= math.sqrt(9 * channels)
+    given[3] /= math.sqrt(hidden)
+    return [given[0].to(DEVICE, dtype), *(t.to(DEVICE, parameters or dtype) for t in given[1:])]
+
+
+def bound(op: Callable[..., Tensor], size: Size, **options: Any) -> Callable[..., Tensor]:
+    return lambda x, *layers: op(x, size, *layers, **options)
+
+
+def check(given: list[Tensor], size: Size) -> None:
+    """Forward and every gradient within the budget that plain PyTorch sets."""
+    x = given[0]
+    generator = torch.Generator().manual_seed(1)
+    cotangent = torch.randn(x.shape[0], *size, given[4].shape[0], generator=generator).to(DEVICE, x.dtype)
+    wide = [t.double() for t in given]
+    with torch.no_grad():
+        oracle, plain = reference(wide[0], size, *wide[1:]), reference(x, size, *given[1:])
+    oracles = testing.gradients(bound(reference, size), list(wide), [cotangent.double()])
+    plains = testing.gradients(bound(reference, size), list(given), [cotangent])
+    with testing.poisoned_empty():
+        actual = resize_conv(x, size, *given[1:], backend="triton")
+        grads = testing.gradients(bound(resize_conv, size, backend="triton"), list(given), [cotangent])
+    assert actual.dtype == x.dtype and actual.is_contiguous()
+    testing.assert_within_budget(actual, oracle, plain)
+    for name, grad, exact, base, source in zip(NAMES, grads, oracles, plains, given, strict=True):
+        assert grad is not None and exact is not None and base is not None and grad.dtype == source.dtype
+        testing.assert_within_budget(grad, exact, base, name=f"gradient of {name}", rounding=x.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "hidden", "outputs", "size"),
+    [
+        ((2, 4, 5, 16), 32, 6, (7, 9)),
+        ((1, 8, 8, 32), 16, 3, (14, 13)),
+        ((3, 1, 3, 16), 16, 3, (5, 6)),
+        ((2, 5, 1, 16), 16, 16, (5, 7)),
+    ],
+)
+def test_parity(shape: Any, hidden: int, outputs: int, size: Size, dtype: torch.dtype) -> None:
+    check(inputs(shape, hidden, outputs, dtype), size)
+
+
+@pytest.mark.parametrize(
+    ("shape", "hidden", "outputs", "size"),
+    [
+        ((2, 6, 5, 48), 80, 2, (4, 3)),  # shrinks; channels that are no powers of two
+        ((1, 5, 4, 16), 16, 3, (5, 4)),  # the same size
+        ((1, 3, 3, 16), 16, 1, (13, 16)),  # grows by more than four
+        ((32, 4, 5, 16), 16, 3, (1, 1)),
+        ((1, 1, 1, 16), 16, 3, (4, 3)),
+        ((1, 3, 2, 144), 16, 3, (4, 5)),
+    ],
+)
+def test_parity_of_odd_shapes(shape: Any, hidden: int, outputs: int, size: Size) -> None:
+    check(inputs(shape, hidden, outputs, torch.float32), size)
+
+
+def test_float32_parameters_of_a_float16_map() -> None:
+    check(inputs((2, 4, 5, 16), 32, 6, torch.float16, torch.float32), (7, 9))
+
+
+@pytest.mark.parametrize("kind", ["channels_first", "rows", "channels", "views"])
+def test_non_contiguous(kind: str) -> None:
+    x, *layers = inputs((2, 4, 5, 16), 16, 3, torch.float32)
+    base = torch.randn(4, 8, 5, 32, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    views = {
+        "channels_first": x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),
+        "rows": base[:2, ::2, :, :16],
+        "channels": base[:2, :4, :, ::2],
+        "views": base[:1, :4, :, 16:].expand(2, 4, 5, 16),
+    }
+    given = [views[kind], *(t.flip(0).as_strided_(t.shape, t.stride()) for t in layers)]
+    given[2] = torch.stack([given[2], given[2]], 1)[:, 0]
+    cotangent = torch.randn(3, 9, 8, 2).to(DEVICE).permute(3, 1, 2, 0)
+    found = []
+    for op in (bound(resize_conv, (9, 8), backend="triton"), bound(reference, (9, 8))):
+        leaves = [t.detach().requires_grad_() for t in given]
+        out = op(*leaves)
+        found.append([out, *torch.autograd.grad(out, leaves, cotangent)])
+    # Sums of 144 products of order one, in float32, in different orders; the weights' gradients over 144 pixels.
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_nan_and_infinity_show() -> None:
+    x, *layers = inputs((1, 4, 4, 16), 16, 3, torch.float32)
+    x[0, 0, 0, 0] = float("nan")
+    out = resize_conv(x, (8, 8), *layers, backend="triton")
+    expected = reference(x, (8, 8), *layers)
+    assert torch.equal(out.isnan(), expected.isnan()) and out.isnan().any() and not out.isnan().all()
+
+
+@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,), (4,), (0, 4), (1, 3)])
+def test_only_the_gradients_that_are_needed(needed: tuple[int, ...]) -> None:
+    given = inputs((1, 3, 4, 16), 16, 3, torch.float32)
+    grads = []
+    for op in (bound(resize_conv, (5, 6), backend="triton"), bound(reference, (5, 6))):
+        leaves = [t.detach().requires_grad_(i in needed) for i, t in enumerate(given)]
+        op(*leaves).square().sum().backward()
+        grads.append([leaves[i].grad for i in needed])
+        assert all(leaf.grad is None for i, leaf in enumerate(leaves) if i not in needed)
+    for actual, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)  # float32 sums in different orders
+
+
+def test_empty_batch() -> None:
+    leaves = [t.requires_grad_() for t in inputs((0, 3, 3, 16), 16, 2, torch.float32)]
+    with testing.poisoned_empty():
+        out = resize_conv(leaves[0], (6, 5), *leaves[1:], backend="triton")
+        grads = torch.autograd.grad(out.sum(), leaves)
+    assert out.shape == (0, 6, 5, 2)
+    for leaf, grad in zip(leaves, grads, strict=True):
+        assert grad.shape == leaf.shape and grad.eq(0).all()
+
+
+@pytest.mark.parametrize("tma", [False, True])
+def test_stretches_and_groups(tma: bool) -> None:
+    """Tiles smaller than a row, many stretches, one view a group: each with a share of the next one's neighbours."""
+    if tma and GPU and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("tensor descriptors need compute capability 9.0")
+    from any4d_fast.kernels.resize_conv import Tiles, resize_conv_forward
+    from any4d_fast.kernels.resize_conv_backward import Config, resize_conv_backward
+
+    x, weight3, bias3, weight1, bias1 = inputs((3, 4, 5, 32), 32, 3, torch.float16)
+    size, flat = (9, 20), weight1.flatten(1)
+    tile = Tiles(16, 16, 4, 2, tma=tma, pixel_rows=True, waves=1)
+    cotangent = torch.randn(3, *size, 3, generator=torch.Generator().manual_seed(1)).to(x)
+    expected = resize_conv(x, size, weight3, bias3, weight1, bias1, backend="triton")
+    gradients = resize_conv_backward(cotangent, x, weight3, bias3, flat, (True,) * 4)
+    for t in (tile, tile._replace(pixel_rows=False), tile._replace(flatten=True, waves=2)):
+        with testing.poisoned_empty():
+            out = resize_conv_forward(x, size, weight3, bias3, flat, bias1, t)
+            config = Config(tile, t, tile._replace(pixels=16))
+            found = resize_conv_backward(cotangent, x, weight3, bias3, flat, (True,) * 4, config, scratch=1)
+        # Two roundings of float16 between sums in different orders.
+        assert testing.relative_error(out, expected) < 2**-10
+        for actual, base in zip(found, gradients, strict=True):
+            assert testing.relative_error(actual, base) < 2**-10
+
+
+def test_gradients_are_deterministic() -> None:
+    shape = (3, 296, 192, 128) if GPU else (2, 4, 5, 16)
+    given = inputs(shape, 128 if GPU else 16, 3, torch.float16)
+    size = (518, 336) if GPU else (7, 9)
+    cotangent = torch.randn(shape[0], *size, 3).to(given[0])
+    op = bound(resize_conv, size, backend="triton")
+    runs = [testing.gradients(op, list(given), [cotangent]) for _ in range(3 if GPU else 2)]
+    for run in runs[1:]:
+        for first, again in zip(runs[0], run, strict=True):
+            assert first is not None and again is not None and torch.equal(first, again)
+
+
+def test_opcheck() -> None:
+    x, weight3, bias3, weight1, bias1 = inputs((1, 3, 4, 16), 16, 3, torch.float32)
+    flat = weight1.flatten(1)
+    ops = torch.ops.any4d_fast
+    torch.library.opcheck(ops.resize_conv_forward.default, (x, [5, 6], weight3, bias3, flat, bias1))
+    grad = torch.randn(1, 5, 6, 3, device=DEVICE)
+    for flags in ((True, True, True, True), (False, True, False, False), (True, False, True, False)):
+        torch.library.opcheck(ops.resize_conv_backward.default, (grad, x, weight3, bias3, flat, *flags))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_forward_and_backward(dynamic: bool) -> None:
+    def step(x: Tensor, *layers: Tensor) -> Tensor:
+        size = (2 * x.shape[1] - 1, 2 * x.shape[2])
+        return resize_conv(x * 1.0, size, *layers, backend="triton").square()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for rows in (3, 4):
+        given = [t.requires_grad_() for t in inputs((2, rows, 3, 16), 16, 3, torch.float32)]
+        actual = torch.autograd.grad(compiled(*given).sum(), given)
+        for grad, expected in zip(actual, torch.autograd.grad(step(*given).sum(), given), strict=True):
+            torch.testing.assert_close(grad, expected)
+
+
+@pytest.mark.gpu
+class TestOnGpu:
+    """The model's sizes, and offsets beyond 2^31 elements."""
+
+    pytestmark = gpu_only
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("outputs", [3, 6])
+    def test_model_sizes(self, outputs: int, dtype: torch.dtype) -> None:
+        check(inputs((3, 296, 192, 128), 128, outputs, dtype), (518, 336))
+
+    @pytest.mark.parametrize("outputs", [3, 6])
+    def test_tf32(self, outputs: int) -> None:
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+        check(inputs((2, 152, 96, 128), 128, outputs, torch.float32), (266, 168))
+
+    @pytest.mark.parametrize("hidden", [16, 32, 64, 256])
+    def test_other_widths(self, hidden: int) -> None:
+        check(inputs((2, 45, 37, hidden), hidden, 4, torch.bfloat16), (79, 101))
+
+    def test_output_beyond_32_bits(self) -> None:
+        views, size = 1400, (518, 336)
+        given = inputs((1, 8, 8, 16), 16, 16, torch.float16)
+        x = given[0].expand(views, -1, -1, -1)
+        out = resize_conv(x, size, *given[1:], backend="triton")
+        assert out.numel() > 2**31
+        torch.testing.assert_close(out[-1], resize_conv(x[:1], size, *given[1:], backend="triton")[0], rtol=0, atol=0)
+
+    def test_input_beyond_32_bits(self) -> None:
+        views = 2**31 // (37 * 37 * 128) + 2
+        layers = inputs((1, 1, 1, 128), 16, 3, torch.float16)[1:]
+        x = torch.zeros(views, 37, 37, 128, device=DEVICE, dtype=torch.float16)
+        x[-1] = torch.randn(37, 37, 128, device=DEVICE)
+        x.requires_grad_()
+        out = resize_conv(x, (9, 9), *layers, backend="triton")
+        (grad,) = torch.autograd.grad(out, x, torch.ones_like(out))
+        last = x[-1:].detach().requires_grad_()
+        expected = resize_conv(last, (9, 9), *layers, backend="triton")
+        torch.testing.assert_close(out[-1:], expected, rtol=0, atol=0)
+        torch.testing.assert_close(grad[-1:], torch.autograd.grad(expected, last, torch.ones_like(expected))[0])
+
+    def test_peak_memory_does_not_grow_with_views(self) -> None:
+        given = inputs((1, 296, 192, 128), 128, 3, torch.float16)
+        peaks = []
+        for views in (4, 16):
+            x = given[0].expand(views, -1, -1, -1)
+            out = resize_conv(x, (518, 336), *given[1:], backend="triton")
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            resize_conv(x, (518, 336), *given[1:], backend="triton")
+            peaks.append(torch.cuda.max_memory_allocated() - before - out.numel() * 2)
+            del out
+        assert peaks[1] == peaks[0] < 64 * 2**20
