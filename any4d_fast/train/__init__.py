@@ -1,0 +1,1 @@
+"""Training: synthetic scenes with exact ground truth. Import the submodules; importing this package loads nothing else."""
