@@ -17,9 +17,7 @@ from .attention import SEGMENT_ARGS, load_rows, segment_row, store_rows
 
 
 @triton.jit
-def row_statistics(
-    grad, out, lse_ptr, grad_lse_ptr, stats_ptr, plane, first, index, limit, HAS_GRAD_LSE: tl.constexpr
-):
+def row_statistics(grad, out, lse_ptr, grad_lse_ptr, stats_ptr, plane, first, index, limit, HAS_GRAD_LSE: tl.constexpr):
     """Compute the statistics of a block of rows, write them from row `first` of each plane on, and return both."""
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
     if HAS_GRAD_LSE:
@@ -273,4 +271,5 @@ def finish_kernel(
     index = tl.arange(0, BM)
     base = buffer_ptr + tl.program_id(0).to(tl.int64) * (BM * HEAD_DIM)
     dq = load_rows(base, index, HEAD_DIM, BM, HEAD_DIM, WIDTH, False) * scale
-    store_rows(dq_ptr + row * dq_stride + head.to(tl.int64) * HEAD_DIM, dq, index, dq_stride, length - first, HEAD_DIM, WIDTH)
+    dq_base = dq_ptr + row * dq_stride + head.to(tl.int64) * HEAD_DIM
+    store_rows(dq_base, dq, index, dq_stride, length - first, HEAD_DIM, WIDTH)

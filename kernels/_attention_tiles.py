@@ -36,7 +36,6 @@ class ForwardTile:
     tma: bool = False
     lazy: bool = False
     polynomial: bool = False
-    max_registers: int | None = None
 
     def constants(self) -> dict[str, Any]:
         """Compile-time arguments of the kernel."""
@@ -50,7 +49,7 @@ class ForwardTile:
 
     def options(self) -> dict[str, Any]:
         """Launch options."""
-        return launch_options(self.warps, self.stages, self.max_registers)
+        return {"num_warps": self.warps, "num_stages": self.stages}
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,6 @@ class QueryTile:
     warps: int
     stages: int
     tma: bool = False
-    max_registers: int | None = None
 
     def constants(self) -> dict[str, Any]:
         """Compile-time arguments of the kernel."""
@@ -70,7 +68,7 @@ class QueryTile:
 
     def options(self) -> dict[str, Any]:
         """Launch options."""
-        return launch_options(self.warps, self.stages, self.max_registers)
+        return {"num_warps": self.warps, "num_stages": self.stages}
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,6 @@ class KeyTile:
     tma: bool = False
     single: bool = False
     reduce: bool = False
-    max_registers: int | None = None
 
     def constants(self) -> dict[str, Any]:
         """Compile-time arguments of the kernel."""
@@ -98,7 +95,7 @@ class KeyTile:
 
     def options(self) -> dict[str, Any]:
         """Launch options."""
-        return launch_options(self.warps, self.stages, self.max_registers)
+        return {"num_warps": self.warps, "num_stages": self.stages}
 
 
 @dataclass(frozen=True)
@@ -124,12 +121,35 @@ class BackwardTiles:
         return self.key.queries if self.key.single else self.query.queries
 
 
-def launch_options(warps: int, stages: int, max_registers: int | None) -> dict[str, Any]:
-    """Triton's launch options of a tile."""
-    options: dict[str, Any] = {"num_warps": warps, "num_stages": stages}
-    if max_registers is not None:
-        options["maxnreg"] = max_registers
-    return options
+@dataclass(frozen=True)
+class HopperTile:
+    """One configuration of `hopper_kernel`: `groups` warpgroups of `rows` queries each, a ring of `stages` blocks.
+
+    `overlap` issues the next scores before it waits for the current output; `polynomial` as in `ForwardTile`.
+    """
+
+    groups: int
+    rows: int
+    keys: int
+    stages: int
+    overlap: bool = True
+    polynomial: bool = False
+    query_stages: int = 2
+
+    def constants(self, head_dim: int) -> dict[str, Any]:
+        """Compile-time arguments of the kernel."""
+        return {
+            "ROWS": self.rows,
+            "KEYS": self.keys,
+            "WIDTH": padded(head_dim),
+            "GROUPS": self.groups,
+            "STAGES": self.stages,
+            "Q_STAGES": self.query_stages,
+            "OVERLAP": self.overlap,
+            "POLYNOMIAL": self.polynomial,
+            # Of 65,536 registers the copying warpgroup keeps 24 or 32 a thread.
+            "REGISTERS": 240 if self.groups == 2 else 160,
+        }
 
 
 def forward_tile(length: int, head_dim: int, dtype: torch.dtype, major: int) -> ForwardTile:
@@ -145,6 +165,17 @@ def forward_tile(length: int, head_dim: int, dtype: torch.dtype, major: int) -> 
         return ForwardTile(128, 64, 8, 3) if major >= 9 else ForwardTile(128, 64, 4, 3)
     # 357 TFLOP/s at 41 x 888 on an H200; 64 rows waste less of a short segment's last tile.
     return ForwardTile(64, 64, 4, 3)
+
+
+HOPPER_TILES: dict[bool, HopperTile] = {}
+"""Whether segments are long -> configuration of the warp-specialised forward, where measurement prefers it."""
+
+
+def hopper_tile(length: int, head_dim: int, dtype: torch.dtype) -> HopperTile | None:
+    """Configuration of the warp-specialised forward on compute capability 9; None: `forward_tile` is better."""
+    if head_dim != 64 or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    return HOPPER_TILES.get(length >= LONG)
 
 
 def backward_tiles(length: int, head_dim: int, dtype: torch.dtype, major: int, deterministic: bool) -> BackwardTiles:
@@ -182,13 +213,14 @@ def aot_case(
     head_dim: int,
     constants: dict[str, Any],
     options: dict[str, Any],
-    special: dict[str, str] | None = None,
-    targets: tuple[int, ...] = (80, 90, 100),
+    special: dict[str, str],
+    target: int,
 ) -> AotCase:
     """A case as PyTorch's allocations make it: addresses and strides are multiples of 16.
 
     Args:
         special: signature types of arguments that are not what their name says (descriptors, float32 pointers).
+        target: compute capability (80, 90, 100): the tables choose by it.
     """
     element = TRITON_DTYPES[dtype]
     width = padded(head_dim)
@@ -202,9 +234,13 @@ def aot_case(
             types[argument] = "*fp32" if argument in _FLOAT32 else f"*{element}"
         else:
             types[argument] = _SCALARS.get(argument, "i32")
-    types.update(special or {})
+    types.update(special)
     aligned = tuple(n for n, kind in types.items() if n in _STRIDES or kind.startswith("*"))
-    return AotCase(f"{name}-{element}-{head_dim}", kernel, types, consts, aligned, options, targets)
+    # float32 products without tensor cores unroll into thousands of multiply-adds, which spill at any tile that is not
+    # minute; it is the exact path, not a fast one. Elsewhere a few addresses are spilled around a loop.
+    max_spills = 1_500 if dtype == torch.float32 else 64
+    label = f"{name}-{element}-{head_dim}-sm{target}"
+    return AotCase(label, kernel, types, consts, aligned, options, (target,), max_spills)
 
 
 def padded(head_dim: int) -> int:

@@ -15,7 +15,17 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._attention_tiles import ForwardTile, aot_case, aot_sizes, block_type, forward_tile, major_capability, padded
+from ._attention_tiles import (
+    ForwardTile,
+    HopperTile,
+    aot_case,
+    aot_sizes,
+    block_type,
+    forward_tile,
+    hopper_tile,
+    major_capability,
+    padded,
+)
 from .aot import AotCase
 
 LOG2E = math.log2(math.e)
@@ -85,9 +95,9 @@ def exp2_mixed(x, POLYNOMIAL: tl.constexpr):
 
 @triton.jit
 def softmax_step(
-    scores, m, l, acc, v, factor, LAZY: tl.constexpr, POLYNOMIAL: tl.constexpr, PRECISION: tl.constexpr
+    scores, m, total, acc, v, factor, LAZY: tl.constexpr, POLYNOMIAL: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """One block of keys of the online softmax: running maximum m and sum l, output acc; scores times factor >= 0."""
+    """One block of keys of the online softmax: running maximum m and total, output acc; scores times factor >= 0."""
     highest = tl.max(scores, 1) * factor
     if LAZY > 0:
         m_new = tl.where(highest > m + LAZY, highest, m)
@@ -95,14 +105,14 @@ def softmax_step(
         m_new = tl.maximum(m, highest)
     alpha = tl.math.exp2(m - m_new)
     p = exp2_mixed(scores * factor - m_new[:, None], POLYNOMIAL)
-    l = l * alpha + tl.sum(p, 1)
+    total = total * alpha + tl.sum(p, 1)
     if LAZY > 0:
         if tl.min(alpha, 0) < 1.0:
             acc = acc * alpha[:, None]
     else:
         acc = acc * alpha[:, None]
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-    return m_new, l, acc
+    return m_new, total, acc
 
 
 @triton.jit(do_not_specialize=SEGMENT_ARGS)
@@ -112,7 +122,7 @@ def forward_kernel(
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
     LAZY: tl.constexpr, POLYNOMIAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out, lse of one tile of BM queries; with TMA k_ptr and v_ptr are descriptors [groups, count, heads, length, D]."""
+    """out, lse of one tile of BM queries; with TMA k_ptr and v_ptr are what `descriptor` makes."""
     tiles = tl.cdiv(length, BM)
     tile = tl.program_id(0) % tiles
     head = (tl.program_id(0) // tiles) % heads
@@ -126,7 +136,7 @@ def forward_kernel(
     q_base = q_ptr + offset + (tile * BM).to(tl.int64) * row_stride
     q = load_rows(q_base, tl.arange(0, BM), row_stride, length - tile * BM, HEAD_DIM, WIDTH, True)
     m = tl.full([BM], -float("inf"), tl.float32)
-    l = tl.zeros([BM], tl.float32)
+    total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, WIDTH], tl.float32)
 
     key = tl.arange(0, BN)
@@ -136,7 +146,7 @@ def forward_kernel(
             k = k_ptr.load([group, member, head, begin, 0]).reshape(BN, WIDTH)
             v = v_ptr.load([group, member, head, begin, 0]).reshape(BN, WIDTH)
             scores = tl.dot(q, k.T, input_precision=PRECISION)
-            m, l, acc = softmax_step(scores, m, l, acc, v, scale_log2, LAZY, POLYNOMIAL, PRECISION)
+            m, total, acc = softmax_step(scores, m, total, acc, v, scale_log2, LAZY, POLYNOMIAL, PRECISION)
     else:
         k_base = k_ptr + offset
         v_base = v_ptr + offset
@@ -144,7 +154,7 @@ def forward_kernel(
             k = load_rows(k_base, key, row_stride, BN, HEAD_DIM, WIDTH, False)
             v = load_rows(v_base, key, row_stride, BN, HEAD_DIM, WIDTH, False)
             scores = tl.dot(q, k.T, input_precision=PRECISION)
-            m, l, acc = softmax_step(scores, m, l, acc, v, scale_log2, LAZY, POLYNOMIAL, PRECISION)
+            m, total, acc = softmax_step(scores, m, total, acc, v, scale_log2, LAZY, POLYNOMIAL, PRECISION)
             k_base += BN * row_stride
             v_base += BN * row_stride
     if full < length:
@@ -156,11 +166,11 @@ def forward_kernel(
             v = load_rows(v_base, key, row_stride, length - full, HEAD_DIM, WIDTH, True)
         scores = tl.dot(q, k.T, input_precision=PRECISION) * scale_log2
         scores = tl.where((key < length - full)[None, :], scores, -float("inf"))
-        m, l, acc = softmax_step(scores, m, l, acc, v, 1.0, 0, False, PRECISION)
+        m, total, acc = softmax_step(scores, m, total, acc, v, 1.0, 0, False, PRECISION)
 
     out_base = out_ptr + row * out_stride + head.to(tl.int64) * HEAD_DIM
-    store_rows(out_base, acc / l[:, None], index, out_stride, length, HEAD_DIM, WIDTH)
-    lse = (m + tl.math.log2(l)) * 0.6931471805599453
+    store_rows(out_base, acc / total[:, None], index, out_stride, length, HEAD_DIM, WIDTH)
+    lse = (m + tl.math.log2(total)) * 0.6931471805599453
     tl.store(lse_ptr + head.to(tl.int64) * rows + row + index, lse, mask=index < length)
 
 
@@ -218,7 +228,7 @@ def zero_uncovered(x: Tensor, segments: list[int]) -> None:
 
 
 def forward(
-    qkv: Tensor, segments: list[int], scale: float, tile: ForwardTile | None = None
+    qkv: Tensor, segments: list[int], scale: float, tile: ForwardTile | HopperTile | None = None
 ) -> tuple[Tensor, Tensor]:
     """Run the forward.
 
@@ -240,10 +250,31 @@ def forward(
     if groups * count * length == 0:
         return out, lse
     qkv = in_place(qkv)
-    tile = tile or forward_tile(length, head_dim, qkv.dtype, major_capability(qkv.device))
+    tile = tile or _choose(qkv, length)
+    if isinstance(tile, HopperTile):
+        from . import attention_hopper
+
+        attention_hopper.launch(qkv, out, lse, segments, scale, tile)
+    else:
+        _launch(qkv, out, lse, segments, scale, tile)
+    return out, lse
+
+
+def _choose(qkv: Tensor, length: int) -> ForwardTile | HopperTile:
+    """Configuration by the tables; the copy engine only where it can read the rows."""
+    head_dim, aligned = qkv.shape[3], tma_reasons(qkv[:, 0]) is None
+    if qkv.is_cuda and aligned and torch.cuda.get_device_capability(qkv.device)[0] == 9:
+        special = hopper_tile(length, head_dim, qkv.dtype)
+        if special is not None:
+            return special
+    tile = forward_tile(length, head_dim, qkv.dtype, major_capability(qkv.device))
+    return tile if aligned else replace(tile, tma=False)
+
+
+def _launch(qkv: Tensor, out: Tensor, lse: Tensor, segments: list[int], scale: float, tile: ForwardTile) -> None:
+    start, length, count, stride, groups, group_stride = segments
+    rows, _, heads, head_dim = qkv.shape
     q, k, v = qkv.unbind(1)
-    if tile.tma and tma_reasons(k):
-        tile = replace(tile, tma=False)
     if tile.tma:
         k, v = (descriptor(x, segments, tile.keys, padded(head_dim)) for x in (k, v))
     grid = (triton.cdiv(length, tile.queries) * heads * groups * count,)
@@ -270,21 +301,21 @@ def forward(
         **tile.constants(),
         **tile.options(),
     )
-    return out, lse
 
 
-def forward_case(tile: ForwardTile, dtype: torch.dtype, head_dim: int, targets: tuple[int, ...]) -> AotCase:
+def forward_case(tile: ForwardTile, dtype: torch.dtype, head_dim: int, target: int) -> AotCase:
     """Ahead-of-time case of one configuration."""
     blocks = {n: block_type(dtype, tile.keys, head_dim) for n in ("k_ptr", "v_ptr")} if tile.tma else {}
     name = f"attention-forward-{tile.queries}x{tile.keys}"
-    return aot_case(name, forward_kernel, dtype, head_dim, tile.constants(), tile.options(), blocks, targets)
+    return aot_case(name, forward_kernel, dtype, head_dim, tile.constants(), tile.options(), blocks, target)
 
 
 def aot_cases() -> list[AotCase]:
     """Every production configuration of the forward."""
-    found: dict[tuple[str, tuple[int, ...]], AotCase] = {}
+    found: dict[str, AotCase] = {}
     for length, dtype, head_dim in aot_sizes():
         for target in (80, 90, 100):
-            case = forward_case(forward_tile(length, head_dim, dtype, target // 10), dtype, head_dim, (target,))
-            found.setdefault((case.name, case.targets), case)
+            tile = forward_tile(length, head_dim, dtype, target // 10)
+            case = forward_case(tile, dtype, head_dim, target)
+            found[case.name] = case
     return list(found.values())

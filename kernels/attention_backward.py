@@ -8,6 +8,7 @@ Two ways, both recomputing the probabilities from the log-sum-exp:
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,9 +67,9 @@ def backward(
         return grad
     qkv, grad_out, out = in_place(qkv), in_place(grad_out.to(qkv.dtype)), out.contiguous()
     tiles = tiles or backward_tiles(length, head_dim, qkv.dtype, major_capability(qkv.device), deterministic)
-    pad = tiles.pad
-    stats = torch.empty((2, groups * count * heads * triton.cdiv(length, pad) * pad), dtype=torch.float32, device=qkv.device)
-    call = _Call(grad_out, grad_lse, qkv, out, lse.contiguous(), segments, scale, grad, stats, pad)
+    padded_rows = groups * count * heads * triton.cdiv(length, tiles.pad) * tiles.pad
+    stats = torch.empty((2, padded_rows), dtype=torch.float32, device=qkv.device)
+    call = _Call(grad_out, grad_lse, qkv, out, lse.contiguous(), segments, scale, grad, stats, tiles.pad)
     if tiles.key.single:
         call.single_pass(tiles.key)
     else:
@@ -218,7 +219,7 @@ class _Call:
         )
 
 
-def key_case(tile: KeyTile, dtype: torch.dtype, head_dim: int, targets: tuple[int, ...]) -> AotCase:
+def key_case(tile: KeyTile, dtype: torch.dtype, head_dim: int, target: int) -> AotCase:
     """Ahead-of-time case of one configuration of `key_kernel`."""
     special = {"dq_ptr": "*fp32"}
     if tile.tma:
@@ -228,37 +229,37 @@ def key_case(tile: KeyTile, dtype: torch.dtype, head_dim: int, targets: tuple[in
         special["dq_ptr"] = f"tensordesc<fp32[{tile.queries}, {padded(head_dim)}]>"
     name = f"attention-backward-{'single' if tile.single else 'keys'}-{tile.queries}x{tile.keys}"
     constants = {**tile.constants(), "PAD": tile.queries}
-    return aot_case(name, key_kernel, dtype, head_dim, constants, tile.options(), special, targets)
+    return aot_case(name, key_kernel, dtype, head_dim, constants, tile.options(), special, target)
 
 
-def query_case(tile: QueryTile, dtype: torch.dtype, head_dim: int, targets: tuple[int, ...]) -> AotCase:
+def query_case(tile: QueryTile, dtype: torch.dtype, head_dim: int, target: int) -> AotCase:
     """Ahead-of-time case of one configuration of `query_kernel`."""
     special = {n: block_type(dtype, tile.keys, head_dim) for n in ("k_ptr", "v_ptr")} if tile.tma else {}
     name = f"attention-backward-queries-{tile.queries}x{tile.keys}"
     constants = {**tile.constants(), "PAD": tile.queries, "HAS_GRAD_LSE": False}
-    return aot_case(name, query_kernel, dtype, head_dim, constants, tile.options(), special, targets)
+    return aot_case(name, query_kernel, dtype, head_dim, constants, tile.options(), special, target)
 
 
-def _small_cases() -> list[AotCase]:
+def _small_cases(target: int) -> list[AotCase]:
     """The kernels before and after the single pass, which have one configuration."""
     dtype, options = torch.bfloat16, {"num_warps": 4, "num_stages": 1}
     constants = {"BM": 64, "HAS_GRAD_LSE": True}
+    special = {"dq_ptr": "*fp32"}
     return [
-        aot_case("attention-backward-prepare", prepare_kernel, dtype, 64, constants, options, {"dq_ptr": "*fp32"}),
-        aot_case("attention-backward-finish", finish_kernel, dtype, 64, constants, options),
+        aot_case("attention-backward-prepare", prepare_kernel, dtype, 64, constants, options, special, target),
+        aot_case("attention-backward-finish", finish_kernel, dtype, 64, constants, options, {}, target),
     ]
 
 
 def aot_cases() -> list[AotCase]:
     """Every production configuration of the backward."""
-    found: dict[tuple[str, tuple[int, ...]], AotCase] = {}
-    for length, dtype, head_dim in aot_sizes():
-        for target in (80, 90, 100):
-            for deterministic in (False, True):
-                tiles = backward_tiles(length, head_dim, dtype, target // 10, deterministic)
-                cases = [key_case(tiles.key, dtype, head_dim, (target,))]
-                if not tiles.key.single:
-                    cases.append(query_case(tiles.query, dtype, head_dim, (target,)))
-                for case in cases:
-                    found.setdefault((case.name, case.targets), case)
-    return [*found.values(), *_small_cases()]
+    found: dict[str, AotCase] = {}
+    for target, deterministic in itertools.product((80, 90, 100), (False, True)):
+        for length, dtype, head_dim in aot_sizes():
+            tiles = backward_tiles(length, head_dim, dtype, target // 10, deterministic)
+            cases = [key_case(tiles.key, dtype, head_dim, target)]
+            if not tiles.key.single:
+                cases.append(query_case(tiles.query, dtype, head_dim, target))
+            found |= {case.name: case for case in cases}
+        found |= {case.name: case for case in _small_cases(target)}
+    return list(found.values())

@@ -8,9 +8,6 @@ the copies of a program's next tile overlap the end of its current one. Gluon do
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor
 from triton import cdiv
@@ -25,9 +22,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ._attention_tiles import TRITON_DTYPES, padded
+from ._attention_tiles import TRITON_DTYPES, HopperTile, padded
 from .aot import AotCase
-from .attention import LOG2E, SEGMENT_ARGS, in_place, tma_reasons, zero_uncovered
+from .attention import LOG2E, SEGMENT_ARGS
 from .attention import descriptor as segment_descriptor
 
 
@@ -120,18 +117,16 @@ def _exp2(x, POLYNOMIAL: gl.constexpr):
 
 
 @gluon.jit
-def _softmax(scores, m, l, factor, POLYNOMIAL: gl.constexpr):
+def _softmax(scores, m, mass, factor, POLYNOMIAL: gl.constexpr):
     """Probabilities of one block, the correction of what came before, and the new running maximum and sum."""
     m_new = gl.maximum(m, gl.max(scores, 1) * factor)
     alpha = gl.exp2(m - m_new)
     p = _exp2(scores * factor - m_new[:, None], POLYNOMIAL)
-    return p, alpha, m_new, l * alpha + gl.sum(p, 1)
+    return p, alpha, m_new, mass * alpha + gl.sum(p, 1)
 
 
 @gluon.jit
-def _scores(
-    q, k_smem, k_full, k_empty, stage, phase, ROWS: gl.constexpr, KEYS: gl.constexpr, WIDTH: gl.constexpr
-):
+def _scores(q, k_smem, k_full, k_empty, stage, phase, ROWS: gl.constexpr, KEYS: gl.constexpr, WIDTH: gl.constexpr):
     """q k^T of one block, waited for; its keys' buffer is free again."""
     layout: gl.constexpr = _mma_layout(KEYS)
     mbarrier.wait(k_full.index(stage), phase)
@@ -167,14 +162,14 @@ def _consume(
         mbarrier.wait(q_full.index(q_stage), q_phase)
         q = q_smem.index(q_stage * GROUPS + MEMBER).reshape([ROWS, WIDTH])
         m = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
-        l = gl.full([ROWS], 0.0, gl.float32, row_layout)
+        mass = gl.full([ROWS], 0.0, gl.float32, row_layout)
         acc = gl.zeros([ROWS, WIDTH], gl.float32, acc_layout)
 
         # The last block of keys, which may be partial, is the first in the ring.
         scores = _scores(q, k_smem, k_full, k_empty, step % STAGES, (step // STAGES) & 1, ROWS, KEYS, WIDTH)
         key = (blocks - 1) * KEYS + gl.arange(0, KEYS, gl.SliceLayout(0, scores_layout))
         scores = gl.where((key < length)[None, :], scores * scale_log2, float("-inf"))
-        p, alpha, m, l = _softmax(scores, m, l, 1.0, POLYNOMIAL)
+        p, alpha, m, mass = _softmax(scores, m, mass, 1.0, POLYNOMIAL)
         p = gl.convert_layout(p.to(dtype), p_layout)
         for _ in range(1, blocks):
             stage = step % STAGES
@@ -189,7 +184,7 @@ def _consume(
                 acc = warpgroup_mma(p, v_smem.index(stage).reshape([KEYS, WIDTH]), acc, is_async=True)
                 scores = warpgroup_mma_wait(1, deps=[scores])
                 mbarrier.arrive(k_empty.index(next_stage))
-                p_new, alpha, m, l = _softmax(scores, m, l, scale_log2, POLYNOMIAL)
+                p_new, alpha, m, mass = _softmax(scores, m, mass, scale_log2, POLYNOMIAL)
                 # This barrier completed long ago. Its branch ends a basic block: within one, ptxas moves the wait for
                 # the product above the softmax that should run beside it.
                 mbarrier.wait(q_full.index(q_stage), q_phase)
@@ -206,7 +201,7 @@ def _consume(
                 scores = _scores(
                     q, k_smem, k_full, k_empty, (step + 1) % STAGES, ((step + 1) // STAGES) & 1, ROWS, KEYS, WIDTH
                 )
-                p_new, alpha, m, l = _softmax(scores, m, l, scale_log2, POLYNOMIAL)
+                p_new, alpha, m, mass = _softmax(scores, m, mass, scale_log2, POLYNOMIAL)
                 acc = acc * gl.convert_layout(alpha, acc_rows)[:, None]
                 p = gl.convert_layout(p_new.to(dtype), p_layout)
             step += 1
@@ -219,7 +214,7 @@ def _consume(
         step += 1
         turn += 1
 
-        out = acc * gl.convert_layout(1.0 / l, acc_rows)[:, None]
+        out = acc * gl.convert_layout(1.0 / mass, acc_rows)[:, None]
         tma.store_wait(0)
         own = out_smem.index(MEMBER)
         own.reshape([ROWS, WIDTH]).store(out.to(dtype))
@@ -227,7 +222,7 @@ def _consume(
         tma.async_copy_shared_to_global(out_desc, [group, member, head, first + MEMBER * ROWS, 0], own)
         row = start + group.to(gl.int64) * group_stride + member.to(gl.int64) * stride
         place = first + MEMBER * ROWS + gl.arange(0, ROWS, row_layout)
-        lse = (m + gl.log2(l)) * 0.6931471805599453
+        lse = (m + gl.log2(mass)) * 0.6931471805599453
         gl.store(lse_ptr + head.to(gl.int64) * rows + row + place, lse, mask=place < length)
     tma.store_wait(0)
 
@@ -310,48 +305,6 @@ def hopper_kernel(
         ], [4, 4, 4], [REGISTERS, REGISTERS, REGISTERS])  # fmt: skip
 
 
-@dataclass(frozen=True)
-class HopperTile:
-    """One configuration: `groups` warpgroups of `rows` queries each, blocks of `keys`, ring depth `stages`."""
-
-    groups: int
-    rows: int
-    keys: int
-    stages: int
-    overlap: bool = True
-    polynomial: bool = False
-    query_stages: int = 2
-
-    def constants(self, head_dim: int) -> dict[str, Any]:
-        """Compile-time arguments of the kernel."""
-        return {
-            "ROWS": self.rows,
-            "KEYS": self.keys,
-            "WIDTH": padded(head_dim),
-            "GROUPS": self.groups,
-            "STAGES": self.stages,
-            "Q_STAGES": self.query_stages,
-            "OVERLAP": self.overlap,
-            "POLYNOMIAL": self.polynomial,
-            # Of 65,536 registers the copying warpgroup keeps 24 or 32 a thread.
-            "REGISTERS": 240 if self.groups == 2 else 160,
-        }
-
-
-def reasons(qkv: Tensor) -> list[str]:
-    """Why `forward` cannot run on these rows (none: it can)."""
-    why_not = []
-    if qkv.dtype not in (torch.bfloat16, torch.float16):
-        why_not.append(f"dtype {qkv.dtype} is not bfloat16 or float16")
-    if qkv.shape[3] > 64:
-        why_not.append(f"head_dim {qkv.shape[3]} is larger than 64")
-    if not qkv.is_cuda or torch.cuda.get_device_capability(qkv.device)[0] != 9:
-        why_not.append("the device is not of compute capability 9")
-    elif (why := tma_reasons(qkv[:, 0])) is not None:
-        why_not.append(why)
-    return why_not
-
-
 def _descriptor(x: Tensor, segments: list[int], block: int) -> TensorDescriptor:
     """As `attention.descriptor`, with the layout in shared memory that Gluon wants to know."""
     plain = segment_descriptor(x, segments, block, padded(x.shape[2]))
@@ -359,24 +312,14 @@ def _descriptor(x: Tensor, segments: list[int], block: int) -> TensorDescriptor:
     return TensorDescriptor(plain.base, plain.shape, plain.strides, plain.block_shape, layout)
 
 
-def forward(qkv: Tensor, segments: list[int], scale: float, tile: HopperTile) -> tuple[Tensor, Tensor]:
-    """Run the forward; arguments and results as `attention.forward`.
+def launch(qkv: Tensor, out: Tensor, lse: Tensor, segments: list[int], scale: float, tile: HopperTile) -> None:
+    """Fill the covered rows of `out` and `lse`; arguments as `attention.forward` has them.
 
-    Raises:
-        ValueError: `reasons` has some.
+    Sixteen-bit dtypes, heads of at most 64 channels, addresses that the copy engine can use.
     """
-    why_not = reasons(qkv)
-    if why_not:
-        raise ValueError(f"qkv: expected rows that the Hopper kernel can read: {'; '.join(why_not)}")
     rows, _, heads, head_dim = qkv.shape
-    out = torch.empty((rows, heads, head_dim), dtype=qkv.dtype, device=qkv.device)
-    lse = torch.empty((heads, rows), dtype=torch.float32, device=qkv.device)
-    zero_uncovered(out, segments)
-    zero_uncovered(lse.t(), segments)
     start, length, count, stride, groups, group_stride = segments
-    if groups * count * length == 0:
-        return out, lse
-    q, k, v = in_place(qkv).unbind(1)
+    q, k, v = qkv.unbind(1)
     total = cdiv(length, tile.rows * tile.groups) * heads * groups * count
     multiprocessors = torch.cuda.get_device_properties(qkv.device).multi_processor_count
     hopper_kernel[(min(total, multiprocessors),)](
@@ -397,7 +340,6 @@ def forward(qkv: Tensor, segments: list[int], scale: float, tile: HopperTile) ->
         **tile.constants(head_dim),
         num_warps=4,
     )
-    return out, lse
 
 
 def hopper_case(tile: HopperTile, dtype: torch.dtype, head_dim: int) -> AotCase:
@@ -414,19 +356,3 @@ def hopper_case(tile: HopperTile, dtype: torch.dtype, head_dim: int) -> AotCase:
     types |= {"k_desc": block(tile.keys), "v_desc": block(tile.keys), "lse_ptr": "*fp32", "scale_log2": "fp32"}
     name = f"attention-hopper-{tile.groups}x{tile.rows}x{tile.keys}-{element}-{head_dim}"
     return AotCase(name, hopper_kernel, types, constants, ("lse_ptr",), {"num_warps": 4}, (90,))
-
-
-def candidates() -> list[HopperTile]:
-    """Configurations worth a measurement at head dim 64."""
-    return [
-        *(HopperTile(2, 64, 128, 2, overlap=o, polynomial=p) for o in (False, True) for p in (False, True)),
-        *(HopperTile(3, 64, 128, 2, overlap=o, polynomial=p) for o in (False, True) for p in (False, True)),
-        HopperTile(2, 64, 128, 4),
-        HopperTile(3, 64, 128, 3),
-        HopperTile(3, 64, 64, 4),
-        HopperTile(3, 64, 64, 4, polynomial=True),
-        HopperTile(2, 64, 64, 4, overlap=False),
-        HopperTile(2, 128, 64, 4, overlap=False),
-        HopperTile(2, 128, 64, 4),
-        HopperTile(2, 128, 128, 2, overlap=False),
-    ]

@@ -226,8 +226,8 @@ class _Pass:
         self.top, rows = view.rows(0, count)
         self.origin = self.top * view.pitch
         self.pixels = new_strip(view, rows, channels, x)
-        self.hidden = new_strip(view, rows, hidden, x)
-        self.hidden[: -self.origin].zero_()
+        # The places before the first and behind the last tile are padding too, and stay zero for every group.
+        self.hidden = new_strip(view, rows, hidden, x).zero_()
         self.weight3 = pack(weight3, self.rows, channels, dtype)
         self.flipped = pack(weight3.transpose(0, 1).flip(2, 3), self.columns, hidden, dtype)
         self.bias3 = pack_rows(bias3[None], 1, self.rows, torch.float32)
@@ -317,12 +317,14 @@ def resize_conv_backward(
                 run.weight_gradient(some.stop - first, sums)
             if need_x:
                 run.input_gradient(d_x[some])
-    none = x.new_empty(0, dtype=torch.float32)
-    d_weight3 = none
+    # A result that nobody needs is an empty tensor of its own: an operator's outputs must not share memory.
+    d_weight3, d_bias3, d_weight1 = (torch.empty(0, device=x.device) for _ in range(3))
     if need_weight3:
-        d_weight3 = sums.sum(0)[:, :m, :c].permute(1, 2, 0).reshape(m, c, 3, 3)
-    d_bias3 = run.bias3_sum[:, 0, :m].sum(0) if need_bias3 else none
-    d_weight1 = run.weight1_sum[:, :cout, :m].sum(0) if need_weight1 else none.clone()
+        d_weight3 = sums.sum(0)[:, :m, :c].permute(1, 2, 0).reshape(m, c, 3, 3).contiguous()
+    if need_bias3:
+        d_bias3 = run.bias3_sum[:, 0, :m].sum(0)
+    if need_weight1:
+        d_weight1 = run.weight1_sum[:, :cout, :m].sum(0)
     return d_x, d_weight3, d_bias3, d_weight1
 
 

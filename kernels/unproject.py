@@ -31,10 +31,10 @@ class Config(NamedTuple):
     tile_stores: bool
 
 
-# Two pixels a thread: enough loads in flight at full occupancy (at most 64 registers forward on sm_90). Backward, 8
-# iterations spread the 16 reductions' shuffles over 1,024 pixels and leave some 7,000 programs at 41 views.
-FORWARD = Config(block=256, warps=4, iterations=1, tile_loads=False, tile_stores=True)
-BACKWARD = Config(block=128, warps=4, iterations=8, tile_loads=False, tile_stores=False)
+# Few pixels a thread: full occupancy (at most 64 registers forward on sm_90). Backward, 16
+# iterations spread the 16 reductions' shuffles over 4,096 pixels. Measured on an H200 (kernels/notes/unproject.md).
+FORWARD = Config(block=128, warps=4, iterations=1, tile_loads=False, tile_stores=False)
+BACKWARD = Config(block=256, warps=4, iterations=16, tile_loads=False, tile_stores=False)
 _FINISH_BLOCK = 128
 
 
