@@ -306,7 +306,7 @@ def _launch(qkv: Tensor, out: Tensor, lse: Tensor, segments: list[int], scale: f
 def forward_case(tile: ForwardTile, dtype: torch.dtype, head_dim: int, target: int) -> AotCase:
     """Ahead-of-time case of one configuration."""
     blocks = {n: block_type(dtype, tile.keys, head_dim) for n in ("k_ptr", "v_ptr")} if tile.tma else {}
-    name = f"attention-forward-{tile.queries}x{tile.keys}"
+    name = f"attention-forward-{tile.queries}x{tile.keys}{'-tma' if tile.tma else ''}"
     return aot_case(name, forward_kernel, dtype, head_dim, tile.constants(), tile.options(), blocks, target)
 
 

@@ -227,7 +227,7 @@ def key_case(tile: KeyTile, dtype: torch.dtype, head_dim: int, target: int) -> A
         special["stats_ptr"] = f"tensordesc<fp32[{tile.queries}]>"
     if tile.single and tile.reduce:
         special["dq_ptr"] = f"tensordesc<fp32[{tile.queries}, {padded(head_dim)}]>"
-    name = f"attention-backward-{'single' if tile.single else 'keys'}-{tile.queries}x{tile.keys}"
+    name = f"attention-backward-{'single' if tile.single else 'keys'}-{tile.queries}x{tile.keys}{'-tma' if tile.tma else ''}"
     constants = {**tile.constants(), "PAD": tile.queries}
     return aot_case(name, key_kernel, dtype, head_dim, constants, tile.options(), special, target)
 
@@ -235,7 +235,7 @@ def key_case(tile: KeyTile, dtype: torch.dtype, head_dim: int, target: int) -> A
 def query_case(tile: QueryTile, dtype: torch.dtype, head_dim: int, target: int) -> AotCase:
     """Ahead-of-time case of one configuration of `query_kernel`."""
     special = {n: block_type(dtype, tile.keys, head_dim) for n in ("k_ptr", "v_ptr")} if tile.tma else {}
-    name = f"attention-backward-queries-{tile.queries}x{tile.keys}"
+    name = f"attention-backward-queries-{tile.queries}x{tile.keys}{'-tma' if tile.tma else ''}"
     constants = {**tile.constants(), "PAD": tile.queries, "HAS_GRAD_LSE": False}
     return aot_case(name, query_kernel, dtype, head_dim, constants, tile.options(), special, target)
 

@@ -18,23 +18,28 @@ MAX_CHANNELS = 4096
 
 
 def forward_tile(channels: int) -> RowTile:
-    """Layout of the forward pass: one warp a row up to 1,024 channels, four warps a row beyond."""
+    """Layout of the forward pass: four warps share two rows up to 1,024 channels, one row beyond.
+
+    Measured on an H200 (kernels/notes/norms.md): one warp a row, best for LayerNorm alone, is a tenth to a fifth slower.
+    """
     if channels <= 256:
         return RowTile(rows=8, chunk=triton.next_power_of_2(channels), warps=4)
     if channels <= 1024:
-        return RowTile(rows=4, chunk=256, warps=4)
+        return RowTile(rows=2, chunk=1024, warps=4)
     return RowTile(rows=1, chunk=1024, warps=4)
 
 
 def backward_tile(channels: int) -> RowTile:
-    """Layout of the backward pass: four warps a row, for three sums over rows must stay in registers.
+    """Layout of the backward pass: three sums over rows stay in the registers of several warps.
 
-    `programs` is within what is resident at once on sm_90 (five with 94 registers a thread): one more would wait.
+    Measured on an H200 (kernels/notes/norms.md). `programs` is within what is resident at once on sm_90.
     """
     if channels <= 256:
         return RowTile(rows=8, chunk=triton.next_power_of_2(channels), warps=4, stages=2, programs=4)
+    if channels <= 768:
+        return RowTile(rows=4, chunk=256, warps=8, stages=2, programs=2)
     if channels <= 1024:
-        return RowTile(rows=1, chunk=512, warps=4, stages=2, programs=4)
+        return RowTile(rows=2, chunk=512, warps=4, stages=2, programs=3)
     return RowTile(rows=1, chunk=1024, warps=8, stages=1, programs=2)
 
 
