@@ -23,7 +23,8 @@ def relative_error(actual: Tensor, oracle: Tensor) -> float:
 
     NaN anywhere gives NaN, which is never within a budget.
     """
-    a, b = actual.detach().double().cpu(), oracle.detach().double().cpu()
+    a = actual.detach().double()
+    b = oracle.detach().to(a.device).double()
     if a.shape != b.shape:
         raise AssertionError(f"shape {tuple(a.shape)} differs from the oracle's {tuple(b.shape)}")
     if a.numel() == 0:
