@@ -56,7 +56,7 @@ define pytest_marked
 if grep -rqw --include='*.py' 'mark[.]$(1)' tests; then $(call pytest,$(1),$(2)); else echo "no test is marked $(1)"; fi
 endef
 
-.PHONY: help install test test-gpu lint format demo clean
+.PHONY: help install test test-gpu bench plots lint format demo clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -81,6 +81,12 @@ test: $(TEST_READY) ## linters, types and every test that needs no GPU, in .venv
 
 test-gpu: ## the tests that need a GPU, in the environment of PYTHON
 	$(PYTHON) -m pytest -m gpu -rA --junitxml=test-gpu.xml $(PYTEST_ARGS)
+
+bench: ## check and time every operator and the model on this GPU, in the environment of PYTHON
+	$(PYTHON) -m pytest benchmarks --benchmark-only $(PYTEST_ARGS)
+
+plots: ## draw charts and README's tables from benchmarks/results/, in the environment of PYTHON
+	$(PYTHON) benchmarks/plots.py
 
 lint: $(TEST_READY) ## linters and types only
 	$(TEST_BIN)/ruff check .

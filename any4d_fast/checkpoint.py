@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
 import pickle
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .config import Any4DConfig, ConfigError, preset
+from .config import Any4DConfig, preset
 from .config_upstream import from_upstream, to_upstream
 from .io.atomic import atomic_path
 
@@ -104,12 +104,14 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         if isinstance(inner, Mapping):
             loaded = inner
             break
+    tensors: dict[str, Tensor] = {}
     for key, value in loaded.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise CheckpointError(f"{path}: key {key!r} holds {type(value).__name__}, expected a tensor")
-    if not loaded:
+        tensors[key] = value
+    if not tensors:
         raise CheckpointError(f"{path}: the checkpoint is empty")
-    return dict(loaded)
+    return tensors
 
 
 def _read_safetensors(path: Path) -> Mapping[str, object]:
@@ -131,7 +133,7 @@ def _read_pickle(path: Path) -> Mapping[str, object]:
             f"{path}: holds something other than plain tensors, or is damaged; files that would run code are not "
             f"read ({first})"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged pickle fails in any of the unpickler's steps, with that step's own error
         raise CheckpointError(f"{path}: not a readable checkpoint, or truncated ({error})") from error
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{path}: expected a dictionary of tensors, got {type(loaded).__name__}")
@@ -191,7 +193,16 @@ def load_checkpoint(model: nn.Module, source: str | os.PathLike[str], *, strict:
         CheckpointError: the message names the file and the keys.
     """
     path = find_checkpoint(source)
-    tensors = _completed(model, read_state_dict(path), path)
+    return load_tensors(model, read_state_dict(path), path, strict=strict)
+
+
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], path: Path, *, strict: bool = True) -> Mismatch:
+    """Load what was read from a file into a model, all or nothing; see `load_checkpoint`.
+
+    Raises:
+        CheckpointError: the message names the file and the keys.
+    """
+    tensors = _completed(model, tensors, path)
     mismatch = compare(model, tensors)
     if mismatch and strict:
         raise CheckpointError(f"{path}: does not fit the model: {mismatch}")
@@ -210,8 +221,10 @@ def load_submodules(model: nn.Module, source: str | os.PathLike[str], prefixes: 
     """
     path = find_checkpoint(source)
     if not prefixes:
-        raise CheckpointError(f"{path}: specific_pretrained_submodules: expected a list of key prefixes, got {prefixes}")
-    tensors = read_state_dict(path)
+        raise CheckpointError(
+            f"{path}: specific_pretrained_submodules: expected a list of key prefixes, got {prefixes}"
+        )
+    tensors = _completed(model, read_state_dict(path), path)
     for prefix in prefixes:
         if not any(key.startswith(prefix) for key in tensors):
             raise CheckpointError(f"{path}: no key starts with {prefix!r} (specific_pretrained_submodules)")
@@ -220,6 +233,15 @@ def load_submodules(model: nn.Module, source: str | os.PathLike[str], prefixes: 
     if mismatch.unexpected or mismatch.shapes:
         raise CheckpointError(f"{path}: does not fit the model: {Mismatch([], mismatch.unexpected, mismatch.shapes)}")
     model.load_state_dict(chosen, strict=False)
+
+
+def _without_sources(config: Any4DConfig) -> Any4DConfig:
+    """The configuration without the files that parts of the model once started from: weights are stored beside it."""
+    return dataclasses.replace(
+        config,
+        encoder=dataclasses.replace(config.encoder, pretrained_checkpoint_path=None),
+        transformer=dataclasses.replace(config.transformer, pretrained_checkpoint_path=None),
+    )
 
 
 def stored_config(path: Path) -> Any4DConfig:
@@ -240,8 +262,8 @@ def stored_config(path: Path) -> Any4DConfig:
     if text is None:
         return preset("any4d")
     try:
-        return from_upstream(**json.loads(text))
-    except (json.JSONDecodeError, TypeError, ConfigError) as error:
+        return _without_sources(from_upstream(**json.loads(text)))
+    except (ValueError, TypeError, AttributeError, KeyError) as error:  # no JSON, or not of a configuration's form
         raise CheckpointError(f"{path}: its stored configuration cannot be read ({error})") from error
 
 
@@ -252,7 +274,7 @@ def save_safetensors(
     from safetensors.torch import save_file
 
     once = {k: v.detach().contiguous().cpu() for k, v in tensors.items() if canonical.get(k, k) == k}
-    metadata = {CONFIG_KEY: json.dumps(to_upstream(config)), "format": "pt"}
+    metadata = {CONFIG_KEY: json.dumps(to_upstream(_without_sources(config))), "format": "pt"}
     with atomic_path(path) as temporary:
         save_file(once, temporary, metadata=metadata)
 

@@ -55,6 +55,11 @@ class EncoderConfig:
             raise unsupported("encoder_config.size", self.size, sorted(ENCODER_SIZES))
         if self.patch_size != 14:
             raise unsupported("encoder_config.patch_size", self.patch_size, 14)
+        if self.keep_first_n_layers is not None and self.keep_first_n_layers < 1:
+            raise ConfigError(
+                "encoder_config.keep_first_n_layers: expected at least 1, or None for all blocks, got "
+                f"{self.keep_first_n_layers}"
+            )
 
     @property
     def dim(self) -> int:
@@ -62,7 +67,8 @@ class EncoderConfig:
 
     @property
     def depth(self) -> int:
-        return self.keep_first_n_layers or ENCODER_SIZES[self.size][1]
+        blocks = ENCODER_SIZES[self.size][1]
+        return blocks if self.keep_first_n_layers is None else min(self.keep_first_n_layers, blocks)
 
     @property
     def num_heads(self) -> int:
@@ -104,9 +110,19 @@ class TransformerConfig:
             )
         if self.dim % self.num_heads:
             raise ConfigError(f"info_sharing_config: dim {self.dim} is not divisible by num_heads {self.num_heads}")
+        if self.attn_drop:
+            raise unsupported("info_sharing_config.module_args.attn_drop", self.attn_drop, 0)
+        for name in ("proj_drop", "drop_path"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(
+                    f"info_sharing_config.module_args.{name}: expected a probability in [0, 1), "
+                    f"got {getattr(self, name)}"
+                )
         if self.indices is not None:
             if len(self.indices) not in (2, 3):
                 raise ConfigError(f"info_sharing_config.indices: expected 2 or 3 block indices, got {self.indices}")
+            if len(set(self.indices)) != len(self.indices):
+                raise ConfigError(f"info_sharing_config.indices: expected different blocks, got {self.indices}")
             if not all(0 <= i < self.depth for i in self.indices):
                 raise ConfigError(
                     f"info_sharing_config.indices: {self.indices} must lie in 0..{self.depth - 1} (depth {self.depth})"
@@ -216,9 +232,7 @@ class SceneConfig:
         if self.representation not in DENSE_PARTS:
             raise unsupported("pred_head_config.adaptor_type", self.representation, sorted(DENSE_PARTS))
         if self.representation.endswith("+pose") and not self.pose_head:
-            raise ConfigError(
-                f"pred_head_config.type: {self.representation!r} needs the head 'dpt+pose', got 'dpt'"
-            )
+            raise ConfigError(f"pred_head_config.type: {self.representation!r} needs the head 'dpt+pose', got 'dpt'")
         if self.geometry_head.output_dim != self.channels:
             raise ConfigError(
                 f"pred_head_config.regressor_head.output_dim: {self.geometry_head.output_dim} does not fit "

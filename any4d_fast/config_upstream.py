@@ -43,6 +43,15 @@ def _build(cls: type[Any], values: Config, where: str, ignored: tuple[str, ...] 
     return cls(**{**chosen, **fixed})
 
 
+def _check_known(values: Config, known: set[str], where: str) -> None:
+    """Refuse options that nobody reads, and weights that a part should load by itself."""
+    for key, value in values.items():
+        if key not in known:
+            raise ConfigError(f"{where}: unknown option {key!r}; known options: {sorted(known)}")
+        if key == "pretrained_checkpoint_path" and value is not None:
+            raise unsupported(f"{where}.{key}", value, "None; load weights with Any4D.from_pretrained")
+
+
 def _require(values: Config, key: str, where: str) -> Any:
     if key not in values:
         raise ConfigError(f"{where}: missing option {key!r}")
@@ -61,10 +70,13 @@ def _encoder(config: Config) -> EncoderConfig:
 
 def _transformer(config: Config) -> TransformerConfig:
     where = "info_sharing_config"
+    kind = _require(config, "model_type", where)
+    if kind not in ("alternating_attention", "global_attention"):
+        raise unsupported(f"{where}.model_type", kind, ["alternating_attention", "global_attention"])
     positional = config.get("custom_positional_encoding")
     if positional is not None:
         raise unsupported(f"{where}.custom_positional_encoding", positional, [None])
-    kind = _require(config, "model_type", where)
+    _check_known(config, {"model_type", "model_return_type", "custom_positional_encoding", "module_args"}, where)
     returns = _require(config, "model_return_type", where)
     if returns not in ("intermediate_features", "no_intermediate_features"):
         raise unsupported(f"{where}.model_return_type", returns, ["intermediate_features", "no_intermediate_features"])
@@ -83,6 +95,8 @@ def _transformer(config: Config) -> TransformerConfig:
     if indices is not None:
         indices = tuple(depth + i if i < 0 else i for i in indices)
     args.setdefault("depth", 12)
+    if "max_num_views" in args:  # upstream's configuration files still have this older name
+        args.setdefault("max_num_views_for_pe", args.pop("max_num_views"))
     if kind == "global_attention":  # upstream's default differs between the two transformers
         args.setdefault("use_pe_for_non_reference_views", True)
     ignored = ("name", "size", "input_embed_dim", "custom_positional_encoding")
@@ -103,8 +117,20 @@ def _bounds(values: Config, name: str, default: ValueBounds, bare: bool = False)
     return dataclasses.replace(default, **found)
 
 
+def _bound_names(*names: str) -> set[str]:
+    return {f"{name}_{part}".lstrip("_") for name in names for part in ("mode", "vmin", "vmax")} | {"name"}
+
+
 def _adaptors(dense: Config, flow: Config, pose: Config, scale: Config) -> AdaptorConfig:
     base = AdaptorConfig()
+    rays = ("normalize_to_unit_sphere", "normalize_to_unit_image_plane", "clamp_min_of_z_dir", "z_dir_min")
+    known = _bound_names("", "pointmap", "ray_origins", "ray_directions", "depth")
+    known |= {f"ray_directions_{r}" for r in rays} | {"confidence_type", "confidence_vmin", "confidence_vmax"}
+    _check_known(dense, known, "pred_head_config.dpt_adaptor")
+    _check_known(flow, _bound_names("", "scene_flow"), "scene_flow_pred_head_config.dpt_adaptor")
+    pose_known = _bound_names("cam_trans", "quaternions") | {"quaternions_normalize"}
+    _check_known(pose, pose_known, "pred_head_config.pose_adaptor")
+    _check_known(scale, _bound_names("", "scale"), "pred_head_config.scale_adaptor")
     direct = {
         "rays_on_unit_sphere": dense.get("ray_directions_normalize_to_unit_sphere"),
         "rays_on_image_plane": dense.get("ray_directions_normalize_to_unit_image_plane"),
@@ -123,7 +149,8 @@ def _adaptors(dense: Config, flow: Config, pose: Config, scale: Config) -> Adapt
         scene_flow=_bounds(flow, "scene_flow", base.scene_flow, bare=True),
         cam_trans=_bounds(pose, "cam_trans", base.cam_trans),
         quaternions=_bounds(pose, "quaternions", base.quaternions),
-        scale=_bounds(scale, "scale", base.scale, bare=True),
+        # Upstream's own default bound is 0; its configuration files give 1e-8.
+        scale=_bounds(scale, "scale", dataclasses.replace(base.scale, vmin=0.0) if scale else base.scale, bare=True),
         **{k: v for k, v in direct.items() if v is not None},
     )
 
@@ -131,13 +158,17 @@ def _adaptors(dense: Config, flow: Config, pose: Config, scale: Config) -> Adapt
 def _dense_head(config: Config, where: str) -> DenseHeadConfig:
     feature = dict(_require(config, "feature_head", where))
     regressor = dict(_require(config, "regressor_head", where))
-    if feature.get("nonlinearity", "relu") != "relu" or regressor.get("nonlinearity", "relu") != "relu":
-        raise unsupported(f"{where}.nonlinearity", feature.get("nonlinearity"), ["relu"])
-    if feature.get("use_bn"):
-        raise unsupported(f"{where}.feature_head.use_bn", True, [False])
+    fixed = {"nonlinearity": "relu", "use_bn": False, "output_width_ratio": 1, "pretrained_checkpoint_path": None}
+    for part, options in (("feature_head", feature), ("regressor_head", regressor)):
+        for key, only in fixed.items():
+            if options.get(key, only) != only:
+                raise unsupported(f"{where}.{part}.{key}", options[key], [only])
+    known = {"output_dim", "hidden_dims", "checkpoint_gradient", "input_feature_dim", *fixed}
+    _check_known(regressor, known, f"{where}.regressor_head")
+    if len(feature.get("main_tasks", ("rgb",))) != 1:
+        raise unsupported(f"{where}.feature_head.main_tasks", feature["main_tasks"], "one task")
     hidden = regressor.get("hidden_dims")
-    ignored = ("patch_size", "input_feature_dims", "main_tasks", "use_bn", "output_width_ratio", "nonlinearity",
-               "pretrained_checkpoint_path")  # fmt: skip
+    ignored = ("patch_size", "input_feature_dims", "main_tasks", *fixed)
     result: DenseHeadConfig = _build(
         DenseHeadConfig,
         feature,
@@ -162,8 +193,17 @@ def _scene(heads: Config, flow: Config) -> SceneConfig:
         representation, mask = representation.removesuffix("+mask"), True
     if representation.endswith("+confidence"):
         representation, confidence = representation.removesuffix("+confidence"), True
+    if flow.get("type", "dpt") != "dpt":
+        raise unsupported("scene_flow_pred_head_config.type", flow["type"], ["dpt"])
+    parts = {f"{part}_head" for part in ("feature", "regressor", "pose", "scale")}
+    known = parts | {"type", "adaptor_type", "adaptor", "dpt_adaptor", "pose_adaptor", "scale_adaptor"}
+    for where, options in (("pred_head_config", heads), ("scene_flow_pred_head_config", flow)):
+        _check_known(options, known | {"adaptor_config", "gradient_checkpointing"}, where)
     dense = {**heads.get("adaptor", {}), **heads.get("dpt_adaptor", {})}
     pose, scale = heads.get("pose_head", {}), heads.get("scale_head", {})
+    common = {"input_feature_dim", "patch_size", "pretrained_checkpoint_path"}
+    _check_known(pose, {"num_resconv_block", "rot_representation_dim", *common}, "pred_head_config.pose_head")
+    _check_known(scale, {"output_dim", "num_mlp_layers", "hidden_dim", *common}, "pred_head_config.scale_head")
     if scale.get("output_dim", 1) != 1:
         raise unsupported("pred_head_config.scale_head.output_dim", scale["output_dim"], 1)
     return SceneConfig(
@@ -184,21 +224,35 @@ def _scene(heads: Config, flow: Config) -> SceneConfig:
     )
 
 
+def _tokenizer(config: Config, key: str, channels: int, kind: str, extra: set[str]) -> Config:
+    """One tokenizer's options, checked; empty when the configuration has none."""
+    where, options = f"geometric_input_config.{key}", config.get(key, {})
+    common = {"name", "in_chans", "encoder_str", "intermediate_dims", "enc_embed_dim", "pretrained_checkpoint_path"}
+    _check_known(options, common | extra, where)
+    if options.get("encoder_str", kind) != kind:
+        raise unsupported(f"{where}.encoder_str", options["encoder_str"], [kind])
+    if options.get("in_chans", channels) != channels:
+        raise unsupported(f"{where}.in_chans", options["in_chans"], channels)
+    return options
+
+
 def _tokenizers(config: Config) -> TokenizerConfig:
     base = TokenizerConfig()
+    encoders = {key for key in config if key.endswith("_config")}
+    unknown = sorted(encoders - set(DENSE_TOKENIZERS) - set(GLOBAL_TOKENIZERS))
+    if unknown:
+        raise ConfigError(f"geometric_input_config: unknown option {unknown[0]!r}; no such modality is supported")
     dense: set[tuple[int, ...]] = set()
+    positions = {"apply_pe", "patch_size", "data_norm_type", "input_size_for_pe", "interpolate_antialias",
+                 "interpolate_offset"}  # fmt: skip
     for key, channels in DENSE_TOKENIZERS.items():
-        options = config.get(key, {})
-        if options.get("in_chans", channels) != channels:
-            raise unsupported(f"geometric_input_config.{key}.in_chans", options["in_chans"], channels)
-        if options.get("apply_pe", False):
+        options = _tokenizer(config, key, channels, "dense_rep_encoder", positions)
+        if options and options.get("apply_pe", True):  # on unless switched off, as upstream has it
             raise unsupported(f"geometric_input_config.{key}.apply_pe", True, [False])
         dense.add(tuple(options.get("intermediate_dims", base.dense_dims)))
     vectors: set[tuple[int, ...]] = set()
     for key, channels in GLOBAL_TOKENIZERS.items():
-        options = config.get(key, {})
-        if options.get("in_chans", channels) != channels:
-            raise unsupported(f"geometric_input_config.{key}.in_chans", options["in_chans"], channels)
+        options = _tokenizer(config, key, channels, "global_rep_encoder", set())
         vectors.add(tuple(options.get("intermediate_dims", base.global_dims)))
     if len(dense) > 1 or len(vectors) > 1:
         raise ConfigError(

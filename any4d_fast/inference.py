@@ -87,6 +87,7 @@ def infer(
         device=device,
     )
     prepared.check_known(known)
+    prepared.check_known(known)  # before the model runs rather than after
     chunk = minibatch_size or head_chunk(model, prepared.views)
     dtype = AMP_DTYPES[amp_dtype] if use_amp and device.type == "cuda" else None
     with torch.no_grad(), _evaluating(model), torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .checkpoint import load_checkpoint, load_submodules
+from .checkpoint import (
+    find_checkpoint,
+    load_checkpoint,
+    load_submodules,
+    load_tensors,
+    read_state_dict,
+    stored_config,
+)
 from .config import Any4DConfig, ModalityConfig, preset
 from .config_upstream import Config, from_upstream, to_upstream
 from .modules import factors
@@ -79,6 +86,12 @@ class Any4D(nn.Module):
         )
         self.name = name
         self._build(self.config, fusion_norm_layer)
+        for part, path in (
+            (self.encoder, self.config.encoder.pretrained_checkpoint_path),
+            (self.info_sharing, self.config.transformer.pretrained_checkpoint_path),
+        ):
+            if path is not None:
+                load_checkpoint(part, path)
         if pretrained_checkpoint_path is not None:
             if load_specific_pretrained_submodules:
                 load_submodules(self, pretrained_checkpoint_path, specific_pretrained_submodules)
@@ -109,9 +122,7 @@ class Any4D(nn.Module):
         self.dense_head = nn.Sequential(self.dpt_feature_head, self.dpt_regressor_head)  # alias in the state dict
         self.scene_flow_dpt_feature_head = DPTFeatures(scene.flow_head, maps)
         self.scene_flow_dpt_regressor_head = DPTRegressor(scene.flow_head)
-        self.scene_flow_dense_head = nn.Sequential(
-            self.scene_flow_dpt_feature_head, self.scene_flow_dpt_regressor_head
-        )
+        self.scene_flow_dense_head = nn.Sequential(self.scene_flow_dpt_feature_head, self.scene_flow_dpt_regressor_head)
         if scene.pose_head:
             self.pose_head = PoseHead(transformer.dim, patch, scene.num_resconv_block)
         self.scale_head = ScaleHead(transformer.dim, scene.scale_hidden_dim, scene.scale_mlp_layers)
@@ -151,12 +162,11 @@ class Any4D(nn.Module):
         Raises:
             CheckpointError: the message names the file and the key; the model is not half-loaded.
         """
-        from .checkpoint import find_checkpoint, stored_config
-
         path = find_checkpoint(source)
+        tensors = read_state_dict(path)  # before the model is built: a broken file should fail at once
         chosen = stored_config(path) if config is None else config
         model = cls.from_config(preset(chosen) if isinstance(chosen, str) else chosen)
-        load_checkpoint(model, path, strict=strict)
+        load_tensors(model, tensors, path, strict=strict)
         return model.to(device).eval() if device is not None else model.eval()
 
     def forward(self, views: list[View], *, minibatch_size: int | None = None) -> list[Outputs]:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -104,8 +105,13 @@ def _wait(device: torch.device | None) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes in use so far: of PyTorch's allocator on a GPU, of the process's resident memory on a CPU."""
+    """Most bytes in use so far: of PyTorch's allocator on a GPU, of this process's resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux's getrusage starts at the parent process's peak
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -227,7 +227,8 @@ def key_case(tile: KeyTile, dtype: torch.dtype, head_dim: int, target: int) -> A
         special["stats_ptr"] = f"tensordesc<fp32[{tile.queries}]>"
     if tile.single and tile.reduce:
         special["dq_ptr"] = f"tensordesc<fp32[{tile.queries}, {padded(head_dim)}]>"
-    name = f"attention-backward-{'single' if tile.single else 'keys'}-{tile.queries}x{tile.keys}{'-tma' if tile.tma else ''}"
+    kind = ("single" if tile.single else "keys") + ("-tma" if tile.tma else "")
+    name = f"attention-backward-{kind}-{tile.queries}x{tile.keys}"
     constants = {**tile.constants(), "PAD": tile.queries}
     return aot_case(name, key_kernel, dtype, head_dim, constants, tile.options(), special, target)
 

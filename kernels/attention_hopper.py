@@ -355,7 +355,7 @@ def hopper_case(tile: HopperTile, dtype: torch.dtype, head_dim: int) -> AotCase:
     types |= {"q_desc": block(tile.rows), "out_desc": block(tile.rows)}
     types |= {"k_desc": block(tile.keys), "v_desc": block(tile.keys), "lse_ptr": "*fp32", "scale_log2": "fp32"}
     name = f"attention-hopper-{tile.groups}x{tile.rows}x{tile.keys}-{element}-{head_dim}"
-    # Three warpgroups leave 160 registers a thread; some twenty values a thread that only the ends of a tile need spill.
+    # With three warpgroups 160 registers a thread: some twenty values that only the ends of a tile need are spilled.
     max_spills = 0 if tile.groups == 2 else 160
     return AotCase(name, hopper_kernel, types, constants, ("lse_ptr",), {"num_warps": 4}, (90,), max_spills)
 

@@ -45,21 +45,23 @@ class SelfAttention(nn.Module):
             q, k, v = qkv.unbind(1)
             qkv = torch.stack([self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v], dim=1)
         out = ops.attention(qkv, segments=segments, scale=scale)  # [R, heads, head_dim]
+        assert isinstance(out, Tensor)
         result: Tensor = self.proj(out.flatten(1))
         return result
 
 
 class Mlp(nn.Module):
-    """Linear, erf GELU, Linear."""
+    """Linear, erf GELU, dropout, Linear."""
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0) -> None:
         super().__init__()
+        self.drop = drop
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, y: Tensor) -> Tensor:
         hidden = ops.linear_gelu(y, self.fc1.weight.to(y.dtype), self.fc1.bias.to(y.dtype))
-        result: Tensor = self.fc2(hidden)
+        result: Tensor = self.fc2(F.dropout(hidden, self.drop, self.training))
         return result
 
 
@@ -103,7 +105,7 @@ class Block(nn.Module):
         self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
         hidden = int(dim * mlp_ratio)
-        self.mlp: nn.Module = SwiGLU(dim, hidden) if gated else Mlp(dim, hidden)
+        self.mlp: nn.Module = SwiGLU(dim, hidden) if gated else Mlp(dim, hidden, proj_drop)
         self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
         self.proj_drop = proj_drop
 
@@ -141,9 +143,7 @@ def _residual_norm(
     x: Tensor, branch: Tensor, scale: nn.Module, norm: nn.LayerNorm, row_scale: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     gamma = scale.gamma if isinstance(scale, LayerScale) else None
-    return ops.residual_norm(
-        x, branch, gamma, norm.weight, norm.bias, norm.eps, row_scale=row_scale, out_dtype=dtype
-    )
+    return ops.residual_norm(x, branch, gamma, norm.weight, norm.bias, norm.eps, row_scale=row_scale, out_dtype=dtype)
 
 
 def layer_norm(x: Tensor, norm: nn.LayerNorm, dtype: torch.dtype | None = None) -> Tensor:

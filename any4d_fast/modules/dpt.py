@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..config import DenseHeadConfig
+from ..ops import resize_conv
 
 
 class ResidualConvUnit(nn.Module):
@@ -109,12 +110,12 @@ class DPTRegressor(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """[N, feature_dim, 8h, 8w] -> [N, H, W, output_dim]."""
-        x = F.interpolate(self.conv1(x), size=size, mode="bilinear", align_corners=True)
+        features = self.conv1(x).permute(0, 2, 3, 1)
+        weight3, bias3, weight1, bias1 = self.conv2.parameters()
         if self.checkpoint_gradient and self.training:
-            x = checkpoint(self.conv2, x, use_reentrant=False)
-        else:
-            x = self.conv2(x)
-        return x.permute(0, 2, 3, 1)
+            out: Tensor = checkpoint(resize_conv, features, size, weight3, bias3, weight1, bias1, use_reentrant=False)
+            return out
+        return resize_conv(features, size, weight3, bias3, weight1, bias1)
 
 
 def token_maps(tokens: Tensor, views: slice, grid: tuple[int, int], num_views: int) -> Tensor:

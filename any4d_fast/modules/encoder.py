@@ -47,7 +47,7 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(
             [Block(dim, heads, init_values=1.0, gated=config.size == "giant") for _ in range(config.depth)]
         )
-        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm = nn.LayerNorm(dim, eps=NORM_EPS) if config.norm_returned_features else nn.Identity()
         self._initialize()
 
     def _initialize(self) -> None:
@@ -99,15 +99,18 @@ class VisionTransformer(nn.Module):
         scale = attention_scale(x.shape[-1] // self.num_heads, length)
         blocks = [b for b in self.blocks if isinstance(b, Block)]
         y = layer_norm(x, blocks[0].norm1, dtype)
+        # Without a final norm the last block still takes one; what it makes of the stream is not used.
+        final_norm = self.norm if isinstance(self.norm, nn.LayerNorm) else blocks[-1].norm2
         for i, block in enumerate(blocks):
             last = i + 1 == len(blocks)
-            args = (x, y, segments, scale, self.norm if last else blocks[i + 1].norm1, (None, None))
+            args = (x, y, segments, scale, final_norm if last else blocks[i + 1].norm1, (None, None))
             out_dtype = x.dtype if last else dtype
             if self.gradient_checkpointing and self.training:
                 x, y = checkpoint(block, *args, out_dtype, use_reentrant=False)
             else:
                 x, y = block(*args, out_dtype)
-        return y.view(n, length, -1)[:, length - rows * columns :]
+        out = y if isinstance(self.norm, nn.LayerNorm) else x
+        return out.view(n, length, -1)[:, length - rows * columns :]
 
 
 class ImageEncoder(nn.Module):

@@ -131,10 +131,17 @@ class ModalityReader:
                 raise ValueError(f"views[{i}][{key!r}]: expected {list(size)} as the images are, got {list(shape)}")
         return torch.cat([self.views[i][key] for i in views]).to(self.views[0]["img"].dtype)
 
+    def _dense(self, views: list[int], maps: Tensor, mask: Tensor, use: Tensor | bool) -> DenseInput:
+        """Maps with zeros where a draw left them out: whatever they hold must not reach a weight's gradient."""
+        if isinstance(use, Tensor):
+            used = mask.view(-1, self.batch)[views].flatten()
+            maps = maps.masked_fill(~used[:, None, None, None], 0.0)
+        return DenseInput(views, maps, mask)
+
     def _read_rays(self, out: Modalities, use: Tensor | bool) -> None:
         views = self._provided(use, "ray_directions_cam")
         if views:
-            out.rays = DenseInput(views, self._maps(views, "ray_directions_cam", 3), self._mask(views, use))
+            out.rays = self._dense(views, self._maps(views, "ray_directions_cam", 3), self._mask(views, use), use)
 
     def _metric(self) -> Tensor:
         """[V * B] bool: the sample's inputs of this view are in metres."""
@@ -151,7 +158,7 @@ class ModalityReader:
         if not views:
             return
         mask = self._mask(views, use)
-        maps = self._maps(views, "depth_along_ray", 1)
+        maps = self._dense(views, self._maps(views, "depth_along_ray", 1), mask, use).maps
         metric = self._metric()
         for row, view in enumerate(views):
             used = mask[view * self.batch : (view + 1) * self.batch]
@@ -170,10 +177,10 @@ class ModalityReader:
     def _hidden_scale(self, used: Tensor, view: int) -> Tensor | None:
         """Rows of this view whose depth is given without its metric scale."""
         probability = self.config.depth_scale_norm_all_prob
-        if not self.draw.training and probability == 0:
-            return None
         rows = used.nonzero()[:, 0] + view * self.batch
-        drawn = torch.rand(len(rows)) < probability
+        drawn = self.draw(probability, len(rows), torch.device("cpu"))
+        if isinstance(drawn, bool):
+            return rows if drawn else None
         return rows[drawn.to(rows.device)]
 
     def _sparsified(self, depth: Tensor, used: Tensor) -> Tensor:
@@ -181,7 +188,10 @@ class ModalityReader:
         valid = (depth > 0) & used[:, None, None, None]
         index = valid.nonzero(as_tuple=True)
         count = len(index[0])
-        removed = torch.randperm(count)[: int(count * self.config.sparsification_removal_percent)].to(depth.device)
+        number = int(count * self.config.sparsification_removal_percent)
+        if number == 0:  # upstream draws no permutation then, and later draws follow this one
+            return depth
+        removed = torch.randperm(count)[:number].to(depth.device)
         out = depth.clone()
         out[tuple(i[removed] for i in index)] = 0
         return out
@@ -240,4 +250,4 @@ class ModalityReader:
         factor = (distance / (valid.flatten(1).sum(1) + EPS)).clip(min=EPS)
         maps = self._maps(views, "radial_scene_flow", 3)
         maps = maps / (factor.repeat(len(views))[:, None, None, None] + EPS)
-        out.flow = DenseInput(views, maps, self._mask(views, use))
+        out.flow = self._dense(views, maps, self._mask(views, use), use)

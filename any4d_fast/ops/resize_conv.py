@@ -18,17 +18,13 @@ MAX_OUTPUTS = 16
 """Most output channels of the Triton kernels: one tile of the last matmul."""
 
 
-def _forward_impl(
-    x: Tensor, size: list[int], weight3: Tensor, bias3: Tensor, weight1: Tensor, bias1: Tensor
-) -> Tensor:
+def _forward_impl(x: Tensor, size: list[int], weight3: Tensor, bias3: Tensor, weight1: Tensor, bias1: Tensor) -> Tensor:
     from ..kernels.resize_conv import resize_conv_forward
 
     return resize_conv_forward(x, (size[0], size[1]), weight3, bias3, weight1, bias1)
 
 
-def _forward_fake(
-    x: Tensor, size: list[int], weight3: Tensor, bias3: Tensor, weight1: Tensor, bias1: Tensor
-) -> Tensor:
+def _forward_fake(x: Tensor, size: list[int], weight3: Tensor, bias3: Tensor, weight1: Tensor, bias1: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], size[0], size[1], weight1.shape[0])
 
 
@@ -136,13 +132,13 @@ def _triton_reasons(
 backends.register("resize_conv", triton=_triton_reasons)
 
 
-def _check(
-    x: Tensor, size: tuple[int, int], weight3: Tensor, bias3: Tensor, weight1: Tensor, bias1: Tensor
-) -> None:
+def _check(x: Tensor, size: tuple[int, int], weight3: Tensor, bias3: Tensor, weight1: Tensor, bias1: Tensor) -> None:
     if x.ndim != 4 or not x.is_floating_point() or 0 in x.shape[1:]:
         raise ValueError(f"x: expected [N, h, w, C] float, got {list(x.shape)} {x.dtype}; move channels last")
     if len(size) != 2 or size[0] < 1 or size[1] < 1:
-        raise ValueError(f"size: expected (H, W), both at least 1, got {tuple(size)}; pass the image's height and width")
+        raise ValueError(
+            f"size: expected (H, W), both at least 1, got {tuple(size)}; pass the image's height and width"
+        )
     if weight3.ndim != 4 or tuple(weight3.shape[1:]) != (x.shape[3], 3, 3):
         raise ValueError(
             f"weight3: expected [M, {x.shape[3]}, 3, 3] for {x.shape[3]} input channels, got {list(weight3.shape)}; "
@@ -175,10 +171,10 @@ def resize_conv(
     """conv1x1(relu(conv3x3(resize(x, size)))), channels-last in and out.
 
     The resize is bilinear with aligned corners, the 3x3 convolution pads with zeros (as in DPT, arXiv 2103.13413, and
-    Any4D's dense heads). Arithmetic is x's: weights are rounded to its dtype, sums are float32; a float32 x is multiplied
-    in TF32 where `torch.backends.cuda.matmul.allow_tf32` is set. No map with C or M channels of the full size exists:
-    the Triton backend works through a scratch of a few dozen megabytes whatever the number of maps. The resized map
-    and the hidden map are rounded to x's dtype, so that float16 needs both below 65,504.
+    Any4D's dense heads). Arithmetic is x's: weights are rounded to its dtype, sums are float32; a float32 x is
+    multiplied in TF32 where `torch.backends.cuda.matmul.allow_tf32` is set. No map with C or M channels of the full
+    size exists: the Triton backend works through a scratch of a few dozen megabytes whatever the number of maps. The
+    resized map and the hidden map are rounded to x's dtype, so that float16 needs both below 65,504.
 
     Backward keeps its inputs only and computes the hidden map again, a few maps at a time (at most 256 MiB of scratch,
     or one map's, whichever is more). The Triton backend's gradients are bitwise equal from run to run; the eager
@@ -191,8 +187,7 @@ def resize_conv(
         bias3: [M].
         weight1: [Cout, M] or [Cout, M, 1, 1].
         bias1: [Cout].
-        backend: "triton" (C and M multiples of 16 up to 256, Cout up to 16), "eager", or None for the fastest that can
-            run.
+        backend: "triton" (C and M multiples of 16 up to 256, Cout up to 16), "eager", or None for the fastest.
 
     Returns:
         [N, H, W, Cout] in x's dtype; contiguous from Triton, in the convolution's memory layout from eager.
@@ -204,6 +199,5 @@ def resize_conv(
     _check(x, size, weight3, bias3, weight1, bias1)
     if backends.select("resize_conv", backend, x, size, weight3, bias3, weight1, bias1) == backends.EAGER:
         return reference_resize_conv(x, size, weight3, bias3, weight1, bias1)
-    # Dimensions of size 1 at the end carry nothing.
     result: Tensor = _ResizeConv.apply(x, list(size), weight3, bias3, weight1.flatten(1), bias1)
     return result

@@ -53,9 +53,7 @@ class Segments:
     @staticmethod
     def frame(batch: int, views: int, tokens: int, extra: int = 1) -> Segments:
         """One segment a view: `views` runs of `tokens` rows a sample, skipping the `extra` rows at its end."""
-        return Segments(
-            length=tokens, count=views, stride=tokens, groups=batch, group_stride=views * tokens + extra
-        )
+        return Segments(length=tokens, count=views, stride=tokens, groups=batch, group_stride=views * tokens + extra)
 
     @staticmethod
     def batched(count: int, length: int) -> Segments:

@@ -1,1 +1,1 @@
-"""Training: synthetic scenes with exact ground truth. Import the submodules; importing this package loads nothing else."""
+"""Training: synthetic scenes with exact ground truth, in submodules; this package itself loads nothing."""

@@ -23,8 +23,8 @@ _OPEN_FLOOR = 30.0  # half extent in metres of the floor of a scene without wall
 def make_scene(seed: int, config: SceneConfig | None = None) -> Scene:
     """The scene of a seed: the same on every machine, device and dtype.
 
-    Objects rest on the floor, slide or roll on it, or tumble in the air; they start inside the first view and keep clear
-    of each other, of the walls and of the camera (very crowded rooms may let them touch each other).
+    Objects rest on the floor, slide or roll on it, or tumble in the air; they start inside the first view and keep
+    clear of each other, of the walls and of the camera (very crowded rooms may let them touch each other).
 
     Args:
         seed: any int; scenes of different seeds are independent.

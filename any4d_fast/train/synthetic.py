@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..geometry import depth_z_to_along_ray, invert_pose, rays_from_intrinsics
+from ..geometry import depth_z_to_along_ray, rays_from_intrinsics
 from .layout import make_scene
 from .scene import Scene, SceneConfig
-from .shapes import SHAPES, apply_affine, cast, normals, rotate
-from .textures import texture_colours, texture_table
+from .shapes import apply_affine, cast, normals
+from .tables import SceneTables, look_up
+from .textures import texture_colours
 
 __all__ = ["Scene", "SceneConfig", "SyntheticClip", "clips", "make_clip", "make_scene", "render", "to_views"]
 
@@ -44,6 +45,7 @@ OCCLUSION_TOLERANCE = 1e-3
 # to fill the device.
 _MAX_RAYS_CPU, _MAX_RAYS = 1 << 16, 1 << 20
 _AMBIENT, _DIFFUSE = 0.5, 1.0
+_SKY = ((0.75, 0.8, 0.85), (0.2, 0.4, 0.75))  # linear RGB at the horizon and above
 
 
 @dataclass
@@ -105,7 +107,8 @@ class SyntheticClip:
     def to(self, device: str | torch.device) -> SyntheticClip:
         """The clip with every tensor on `device`."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return SyntheticClip(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()})
+        moved: dict[str, Any] = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+        return dataclasses.replace(self, **moved)
 
 
 def make_clip(
@@ -140,74 +143,6 @@ def clips(
     return (make_clip(seed, config, device=device, dtype=dtype) for seed in itertools.count(start, step))
 
 
-class _Tables:
-    """Everything per object and view that pixels look up, in the device's dtype, from float64."""
-
-    def __init__(self, scene: Scene, device: torch.device, dtype: torch.dtype) -> None:
-        def ready(x: Tensor) -> Tensor:
-            return x.to(device=device, dtype=dtype)
-
-        times = scene.timestamps
-        cameras = scene.camera.poses(times)  # [V, 4, 4]
-        objects = scene.object_poses(times)  # [N, V, 4, 4]
-        moving = torch.tensor([item.motion.moving for item in scene.objects])
-        from_world = invert_pose(objects)
-        light = torch.eye(4, dtype=torch.float64)
-        light[:3, 3] = torch.tensor(scene.light, dtype=torch.float64)
-        view_from_world = invert_pose(cameras)
-
-        self.shapes = [(item.shape, item.size) for item in scene.objects]
-        self.textures = texture_table([item.texture for item in scene.objects], device=device, dtype=dtype)
-        self.kinds = torch.tensor([SHAPES.index(item.shape) for item in scene.objects], device=device)
-        self.sizes = ready(torch.tensor([item.size for item in scene.objects], dtype=torch.float64).T.contiguous())
-        self.moving = moving.to(device)
-        self.cameras, self.times = ready(cameras), ready(times)
-        self.intrinsics = ready(torch.tensor(scene.intrinsics, dtype=torch.float64))
-        # Per view, [3, 4, V, 1].
-        self.first_from_view = ready(_component_first(view_from_world[:1] @ cameras))
-        self.light_from_view = ready(_component_first(invert_pose(light) @ cameras))
-        # Per object and view, [N, 3, 4, V, 1] where rays are cast, and [C, N * V] where pixels look up.
-        self.object_from_view = ready(_component_first(from_world @ cameras))
-        self.object_from_light = ready(_component_first(from_world @ light))
-        self.rows_object_from_view = _rows(self.object_from_view)
-        self.rows_light = _rows(self.object_from_light[:, :, 3:])
-        self.rows_up = _rows(ready(_component_first(from_world)[:, :, 2:3]))
-
-        displacement = objects @ invert_pose(objects[:, :1])  # world at time 0 -> world at time i
-        displacement[~moving] = torch.eye(4, dtype=torch.float64)
-        displacement[:, 0] = torch.eye(4, dtype=torch.float64)
-        track = view_from_world @ displacement @ cameras[:1]
-        self.rows_track = _rows(ready(_component_first(track)))
-        flow = view_from_world[:1] @ displacement @ cameras[:1] - torch.eye(4, dtype=torch.float64)
-        # An object at rest has a flow of exactly zero, whatever the products above round to.
-        still = (displacement == torch.eye(4, dtype=torch.float64)).all(-1).all(-1)
-        flow[still] = 0
-        self.rows_flow = _rows(ready(_component_first(flow)))
-
-        # A rigid body's velocity at x is v + w x (x - centre). Its part along the ray is that of the body's velocity
-        # at the camera, because w x x is orthogonal to a ray x from the camera: one vector an object, not a field.
-        linear, angular = scene.object_velocities(times)
-        at_camera = linear + torch.linalg.cross(angular, cameras[:, :3, 3] - objects[..., :3, 3])
-        at_camera = (cameras[:, :3, :3].mT @ at_camera[..., None])[..., 0]
-        self.rows_velocity = _rows(ready(at_camera.movedim(-1, 1)[:, :, None, :, None]))
-
-
-def _component_first(pose: Tensor) -> Tensor:
-    """[..., V, 4, 4] -> [..., 3, 4, V, 1]."""
-    return pose[..., :3, :].movedim(-3, -1)[..., None]
-
-
-def _rows(maps: Tensor) -> Tensor:
-    """[N, a, b, V, 1] -> [a * b, N * V]: one column an object and view."""
-    return maps.movedim(0, 2).flatten(0, 1).flatten(1).contiguous()
-
-
-def _look_up(rows: Tensor, ids: Tensor, views: slice, num_views: int) -> Tensor:
-    """Columns of each pixel's object and view; rows [C, N * V], ids [V, P] >= 0 -> [C, V, P]."""
-    view = torch.arange(views.start, views.stop, device=ids.device)[:, None]
-    return rows.index_select(1, (ids * num_views + view).flatten()).unflatten(1, ids.shape)
-
-
 def _rays(intrinsics: Tensor, rows: slice, width: int, shift: tuple[float, float]) -> Tensor:
     """Rays on the image plane z = 1 through pixel centres moved by `shift` (du, dv), [3, 1, P] of the given rows."""
     v = torch.arange(rows.start, rows.stop, device=intrinsics.device, dtype=intrinsics.dtype) + shift[1]
@@ -226,12 +161,12 @@ def _tiles(num_views: int, height: int, width: int, max_rays: int) -> Iterator[t
             yield slice(first, min(first + views, num_views)), slice(top, min(top + rows, height))
 
 
-def _shade(tables: _Tables, rays: Tensor, t: Tensor, ids: Tensor, views: slice, shadows: bool) -> Tensor:
+def _shade(tables: SceneTables, rays: Tensor, t: Tensor, ids: Tensor, views: slice, shadows: bool) -> Tensor:
     """Linear RGB of rays [3, V, P] with hits at t [V, P] on objects ids [V, P] -> [3, V, P]."""
     num_views = len(tables.times)
     hit, number = ids >= 0, ids.clamp(min=0)
     in_view = rays * torch.where(hit, t, 1.0)
-    from_view = _look_up(tables.rows_object_from_view, number, views, num_views).unflatten(0, (3, 4))
+    from_view = look_up(tables.rows_object_from_view, number, views, num_views).unflatten(0, (3, 4))
     point = apply_affine(from_view, in_view)
     eye = point - from_view[:, 3]  # from the camera to the point, in the object's frame
     size = tables.sizes.index_select(1, number.flatten()).unflatten(1, number.shape)
@@ -244,7 +179,7 @@ def _shade(tables: _Tables, rays: Tensor, t: Tensor, ids: Tensor, views: slice, 
     footprint = distance / tables.intrinsics[0, 0] / slope
     albedo = texture_colours(tables.textures, number, point, footprint)
 
-    to_light = _look_up(tables.rows_light, number, views, num_views) - point
+    to_light = look_up(tables.rows_light, number, views, num_views) - point
     range_squared = to_light.square().sum(0)
     lambert = ((normal * to_light).sum(0) / range_squared.sqrt()).clamp(min=0)
     lambert = lambert * 9 / (range_squared + 6)  # falls off with distance without burning out under the lamp
@@ -252,16 +187,13 @@ def _shade(tables: _Tables, rays: Tensor, t: Tensor, ids: Tensor, views: slice, 
         from_light = apply_affine(tables.light_from_view[..., views, :], in_view)
         blocked, _ = cast(tables.shapes, tables.object_from_light[..., views, :], from_light)
         lambert = lambert * (blocked >= 1 - OCCLUSION_TOLERANCE / range_squared.sqrt())
-    upward = (normal * _look_up(tables.rows_up, number, views, num_views)).sum(0)
+    upward = (normal * look_up(tables.rows_up, number, views, num_views)).sum(0)
     light = _AMBIENT * (0.8 + 0.2 * upward) + _DIFFUSE * lambert
     world_z = tables.cameras[views, 2, :3].T[..., None]
     height = (world_z * rays).sum(0) / rays.square().sum(0).sqrt()
     low, high = (torch.tensor(c, device=t.device, dtype=t.dtype)[:, None, None] for c in _SKY)
     sky = torch.lerp(low, high, height.clamp(0, 1))
     return torch.where(hit, albedo * light, sky)
-
-
-_SKY = ((0.75, 0.8, 0.85), (0.2, 0.4, 0.75))  # linear RGB at the horizon and above
 
 
 def render(scene: Scene, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> SyntheticClip:
@@ -279,7 +211,7 @@ def render(scene: Scene, *, device: str | torch.device = "cpu", dtype: torch.dty
         raise ValueError(f"dtype: expected torch.float32 or torch.float64, got {dtype}; convert the clip afterwards")
     device, config = torch.device(device), scene.config
     views, height, width = config.num_views, config.height, config.width
-    tables = _Tables(scene, device, dtype)
+    tables = SceneTables(scene, device, dtype)
 
     def empty(*channels: int, kind: torch.dtype = dtype) -> Tensor:
         return torch.empty(views, height, width, *channels, device=device, dtype=kind)
@@ -307,7 +239,7 @@ def render(scene: Scene, *, device: str | torch.device = "cpu", dtype: torch.dty
     return clip
 
 
-def _render_geometry(clip: SyntheticClip, tables: _Tables, views: slice, rows: slice) -> None:
+def _render_geometry(clip: SyntheticClip, tables: SceneTables, views: slice, rows: slice) -> None:
     """Fill depth, points, ids, moving mask and Doppler of a tile."""
     width, count = clip.images.shape[2], views.stop - views.start
     rays = _rays(tables.intrinsics, rows, width, (0.0, 0.0)).expand(-1, count, -1)
@@ -315,7 +247,7 @@ def _render_geometry(clip: SyntheticClip, tables: _Tables, views: slice, rows: s
     hit, number = ids >= 0, ids.clamp(min=0)
     depth = torch.where(hit, t, 0.0)  # rays have z = 1: t is the z-depth
     points = apply_affine(tables.first_from_view[..., views, :], rays * depth)
-    velocity = _look_up(tables.rows_velocity, number, views, clip.num_views)
+    velocity = look_up(tables.rows_velocity, number, views, clip.num_views)
     doppler = (velocity * rays).sum(0) / rays.square().sum(0).sqrt()
     shape = (count, rows.stop - rows.start, width)
     clip.depth_z[views, rows] = depth.view(*shape, 1)
@@ -325,7 +257,7 @@ def _render_geometry(clip: SyntheticClip, tables: _Tables, views: slice, rows: s
     clip.moving_mask[views, rows] = (hit & tables.moving[number]).view(shape)
 
 
-def _render_image(clip: SyntheticClip, tables: _Tables, views: slice, rows: slice, config: SceneConfig) -> None:
+def _render_image(clip: SyntheticClip, tables: SceneTables, views: slice, rows: slice, config: SceneConfig) -> None:
     """Fill the images of a tile: the mean of a grid of samples a pixel."""
     width, count = clip.images.shape[2], views.stop - views.start
     offsets = [(index + 0.5) / config.supersampling - 0.5 for index in range(config.supersampling)]
@@ -339,15 +271,15 @@ def _render_image(clip: SyntheticClip, tables: _Tables, views: slice, rows: slic
     clip.images[views, rows] = colour.movedim(0, -1).reshape(count, rows.stop - rows.start, width, 3)
 
 
-def _render_tracks(clip: SyntheticClip, tables: _Tables, views: slice, rows: slice) -> None:
+def _render_tracks(clip: SyntheticClip, tables: SceneTables, views: slice, rows: slice) -> None:
     """Fill flow and visibility of view 0's pixels in `rows` at the times of `views`."""
     height, width = clip.images.shape[1:3]
     count = views.stop - views.start
     ids = clip.instance_ids[0, rows].flatten().expand(count, -1)
     hit, number = ids >= 0, ids.clamp(min=0)
     points = clip.pts3d[0, rows].flatten(0, 1).T[:, None].expand(-1, count, -1)
-    flow = apply_affine(_look_up(tables.rows_flow, number, views, clip.num_views).unflatten(0, (3, 4)), points)
-    moved = apply_affine(_look_up(tables.rows_track, number, views, clip.num_views).unflatten(0, (3, 4)), points)
+    flow = apply_affine(look_up(tables.rows_flow, number, views, clip.num_views).unflatten(0, (3, 4)), points)
+    moved = apply_affine(look_up(tables.rows_track, number, views, clip.num_views).unflatten(0, (3, 4)), points)
     (fx, _, cx), (_, fy, cy), _ = tables.intrinsics.tolist()
     front = moved[2] > 0
     z = torch.where(front, moved[2], 1.0)
@@ -385,14 +317,14 @@ def to_views(clip: SyntheticClip, with_: Sequence[str] = (), *, uint8: bool = Fa
     images = clip.images.movedim(-1, 1)
     if uint8:
         images = (images * 255).round().to(torch.uint8)
-    nothing = torch.where(clip.valid_mask[..., None], clip.doppler, math.nan)
+    doppler = torch.where(clip.valid_mask[..., None], clip.doppler, math.nan)
     sources = {
         "intrinsics": clip.intrinsics,
         "ray_directions": clip.ray_directions,
         "depth_z": clip.depth_z,
         "camera_poses": clip.camera_poses,
         "is_metric_scale": torch.ones(clip.num_views, dtype=torch.bool, device=clip.images.device),
-        "doppler": nothing,
+        "doppler": doppler,
         "timestamps": clip.timestamps,
     }
     return [

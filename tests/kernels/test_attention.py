@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from kernels_common import DEVICE, GPU, gpu_only, kernel_test
 from torch import Tensor
 
 from any4d_fast.ops.attention import HEAD_DIMS, Segments, attention
 from any4d_fast.reference.attention import attention as reference_attention
 from any4d_fast.testing import assert_within_budget, gradients, poisoned_empty
+from tests.kernels_common import DEVICE, GPU, gpu_only, kernel_test
 
 pytestmark = kernel_test
 
@@ -114,7 +114,7 @@ def test_rows_outside_segments_are_not_read() -> None:
     qkv = sample(38, 1, 64, torch.bfloat16)
     qkv[[18, 37]] = float("nan")
     grad = torch.ones(38, 1, 64, device=DEVICE)
-    found, = gradients(lambda x: attention(x, segments=segments, backend="triton"), [qkv], [grad])
+    (found,) = gradients(lambda x: attention(x, segments=segments, backend="triton"), [qkv], [grad])
     assert found is not None and found.isfinite().all() and not found[[18, 37]].any()
 
 
@@ -310,6 +310,27 @@ class TestLibraries:
         (baseline,) = gradients(lambda x: both(x, segments)[0], [qkv], [grad_out])
         assert grad is not None and expected is not None and baseline is not None
         assert_within_budget(grad, expected, baseline)
+
+
+@pytest.mark.skipif(
+    not GPU or torch.cuda.get_device_capability()[0] != 9, reason="needs a CUDA device of compute capability 9"
+)
+@pytest.mark.parametrize("segments", [ODD, Segments.frame(2, 3, 887), Segments.global_(1, 1777)], ids=str)
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("groups", [2, 3])
+class TestHopper:
+    pytestmark = gpu_only
+
+    def test_matches_oracle(self, groups: int, overlap: bool, segments: Segments) -> None:
+        from any4d_fast.kernels import attention as kernels
+        from any4d_fast.kernels._attention_tiles import HopperTile
+
+        for seed, head_dim in itertools.product(range(3), (48, 64)):
+            qkv = sample(segments.end + 2, 2, head_dim, torch.bfloat16, seed)
+            out, lse = kernels.forward(qkv, segments.as_list(), SCALE, HopperTile(groups, 64, 128, 2, overlap))
+            oracle, oracle_lse = both(qkv.double(), segments)
+            assert_within_budget(out, oracle, reference_attention(qkv, segments, SCALE), name="out")
+            assert_within_budget(lse, oracle_lse, both(qkv.float(), segments)[1], name="lse")
 
 
 class TestLargeBuffers:

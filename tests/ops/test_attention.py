@@ -98,7 +98,7 @@ def test_rows_outside_segments_are_not_read_and_get_zeros() -> None:
     segments, rows = LAYOUTS["frame"]
     qkv = sample(rows, head_dim=32, dtype=torch.float32)
     qkv[15] = qkv[31] = float("nan")
-    grad, = gradients(lambda x: attention(x, segments=segments, backend="eager"), [qkv], [torch.ones(rows, 2, 32)])
+    (grad,) = gradients(lambda x: attention(x, segments=segments, backend="eager"), [qkv], [torch.ones(rows, 2, 32)])
     out = attention(qkv, segments=segments, backend="eager")
     assert grad is not None and out.isfinite().all() and grad.isfinite().all()
     assert not out[[15, 31]].any() and not grad[[15, 31]].any()
@@ -147,7 +147,11 @@ def test_scale_of_upstream() -> None:
     [
         (torch.zeros(4, 3, 64), Segments(4), r"qkv: expected \[rows, 3, heads, head_dim\], got \[4, 3, 64\] float32"),
         (torch.zeros(4, 2, 1, 64), Segments(4), r"qkv: expected \[rows, 3, heads, head_dim\], got \[4, 2, 1, 64\]"),
-        (torch.zeros(4, 3, 1, 64, dtype=torch.int64), Segments(4), "qkv: expected a floating-point dtype, got .* int64"),
+        (
+            torch.zeros(4, 3, 1, 64, dtype=torch.int64),
+            Segments(4),
+            "qkv: expected a floating-point dtype, got .*64",
+        ),
         (torch.zeros(4, 3, 0, 64), Segments(4), "qkv: expected at least one head"),
         (torch.zeros(4, 3, 64, 2).transpose(2, 3), Segments(4), "qkv: expected a contiguous last dimension"),
         (torch.zeros(4, 3, 1, 64), Segments(5), "segments: expected to end within qkv's 4 rows"),

@@ -72,7 +72,8 @@ def test_parameters_of_another_dtype_and_a_flat_weight() -> None:
     half = x.to(torch.bfloat16)
     out = resize_conv(half, (4, 4), weight3, bias3, weight1.flatten(1), bias1)
     assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out, resize_conv(half, (4, 4), *(t.bfloat16() for t in (weight3, bias3, weight1, bias1))))
+    rounded = (t.bfloat16() for t in (weight3, bias3, weight1, bias1))
+    torch.testing.assert_close(out, resize_conv(half, (4, 4), *rounded))
 
 
 def test_gradcheck() -> None:
@@ -112,7 +113,8 @@ def test_compiles_fullgraph() -> None:
     ],
 )
 def test_errors_name_the_argument(argument: str, value: object, message: str) -> None:
-    given: dict[str, object] = dict(zip(("x", "weight3", "bias3", "weight1", "bias1"), inputs((1, 4, 4, 3), 5, 2)))  # noqa: B905
+    names = ("x", "weight3", "bias3", "weight1", "bias1")
+    given: dict[str, object] = dict(zip(names, inputs((1, 4, 4, 3), 5, 2), strict=True))
     with pytest.raises(ValueError, match=message):
         resize_conv(**({"size": (4, 4)} | given | {argument: value}))  # type: ignore[arg-type]
 
