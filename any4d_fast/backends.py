@@ -67,13 +67,14 @@ def _requested(op: str, backend: str | None) -> tuple[str | None, bool]:
     return (None if name in ("auto", "") else name), False
 
 
-def select(op: str, backend: str | None, *args: Any, **kwargs: Any) -> str:
+def select(op: str, backend: str | None, *args: Any, first: str | None = None, **kwargs: Any) -> str:
     """Name of the backend that runs this call.
 
     Args:
         op: registered op name.
         backend: what the caller asked for; None means `use_backend`, then ANY4D_FAST_BACKEND, then automatic.
         *args, **kwargs: handed to the reasons functions.
+        first: backend that automatic choice tries before the registered order, where measurement depends on the call.
 
     Raises:
         BackendError: the backend asked for cannot run the call, or the op does not have it.
@@ -90,8 +91,11 @@ def select(op: str, backend: str | None, *args: Any, **kwargs: Any) -> str:
             return name
         if strict:
             raise BackendError(f"{op}: backend: expected one of {registered(op)} or 'auto', got {name!r}")
-    for candidate, reasons in table.items():
-        why_not = reasons(*args, **kwargs)
+    order = list(table) if first is None else [first, *(name for name in table if name != first)]
+    for candidate in order:
+        if candidate == EAGER:
+            return EAGER
+        why_not = table[candidate](*args, **kwargs)
         if not why_not:
             return candidate
         _log_once(op, candidate, why_not)
@@ -106,17 +110,23 @@ def _log_once(op: str, backend: str, why_not: list[str]) -> None:
         logger.info("%s: backend %s not used: %s", op, backend, "; ".join(why_not))
 
 
+# Both are looked up once, here: `torch.compile` traces through `select` and cannot trace the look-ups.
+_INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
+_TRITON_MISSING = (
+    "the package triton is not installed (it comes with PyTorch's CUDA wheels)"
+    if importlib.util.find_spec("triton") is None
+    else None
+)
+
+
 def interpreting() -> bool:
-    """Whether Triton kernels run in its CPU interpreter (the flag is read when kernels are imported)."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    """Whether Triton kernels run in its CPU interpreter (the flag is read once, as Triton does)."""
+    return _INTERPRETING
 
 
-@functools.cache
 def triton_missing() -> str | None:
     """Why Triton cannot be imported, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed (it comes with PyTorch's CUDA wheels)"
-    return None
+    return _TRITON_MISSING
 
 
 def triton_reasons(*tensors: Tensor | None) -> list[str]:
@@ -131,11 +141,21 @@ def triton_reasons(*tensors: Tensor | None) -> list[str]:
         if tensor is not None and not tensor.is_cuda:
             return [f"tensors are on {tensor.device.type}; Triton kernels run on CUDA devices"]
     first = next((t for t in tensors if t is not None), None)
-    if first is not None and capability(first.device.index or 0) < (8, 0):
-        why_not.append(f"compute capability {capability(first.device.index or 0)} is older than 8.0")
+    if first is not None:
+        why_not += too_old(first)
     if len({t.device for t in tensors if t is not None}) > 1:
         why_not.append("tensors are on several devices")
     return why_not
+
+
+def too_old(tensor: Tensor) -> list[str]:
+    """The reason why a CUDA tensor's device cannot run kernels for compute capability 8.0, if there is one.
+
+    `torch.compile` cannot trace the look-up: there, a kernel for an older device fails when it is built.
+    """
+    if torch.compiler.is_compiling() or capability(tensor.device.index or 0) >= (8, 0):
+        return []
+    return [f"compute capability {capability(tensor.device.index or 0)} is older than 8.0"]
 
 
 @functools.cache

@@ -17,8 +17,8 @@ from .aot import AotCase
 LAZY_LIMIT = 8
 """Growth of a row maximum, in log2 units, that may stay in the probabilities: a factor of 256, far from overflow."""
 
-LONG = 2048
-"""Segments from this length on are long: programs abound even with large tiles, and the main loop dominates."""
+LONG = 16_384
+"""Segments from this length on are long: the main loop dominates, and a tile's start and end do not matter."""
 
 
 @dataclass(frozen=True)
@@ -161,13 +161,13 @@ def forward_tile(length: int, head_dim: int, dtype: torch.dtype, major: int) -> 
         # Tiles 128 columns wide: two stages keep within sm_80's 163 KB.
         return ForwardTile(128, 64, 8, 3 if major >= 9 else 2)
     if length >= LONG:
-        # 468 TFLOP/s at N=36,409 on an H200; 8 warps are two warpgroups, one's softmax beside the other's products.
-        return ForwardTile(128, 64, 8, 3) if major >= 9 else ForwardTile(128, 64, 4, 3)
-    # 357 TFLOP/s at 41 x 888 on an H200; 64 rows waste less of a short segment's last tile.
+        # 442 TFLOP/s at N=36,409 on an H200; 8 warps are two warpgroups, one's softmax beside the other's products.
+        return ForwardTile(128, 64, 8, 3, tma=True) if major >= 9 else ForwardTile(128, 64, 4, 3)
+    # 356 TFLOP/s at N=7,105 on an H200 and 284 at 41 x 888; 64 rows waste less of a segment's last tile.
     return ForwardTile(64, 64, 4, 3)
 
 
-HOPPER_TILES: dict[bool, HopperTile] = {}
+HOPPER_TILES: dict[bool, HopperTile] = {True: HopperTile(3, 64, 128, 2, overlap=False)}  # 466 TFLOP/s at N=36,409 on an H200
 """Whether segments are long -> configuration of the warp-specialised forward, where measurement prefers it."""
 
 

@@ -15,6 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._tf32 import operand
+from .tokenize import precision
+
 
 @dataclass(frozen=True)
 class Canvas:
@@ -76,7 +79,9 @@ def resize_kernel(
     CHANNELS: tl.constexpr,
     BX: tl.constexpr,
     BC: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
+    """The strip is written as matmuls take it: PRECISION is theirs."""
     line = tl.program_id(0)
     row = top + line
     view = row // (height + 1)
@@ -99,7 +104,8 @@ def resize_kernel(
     value = (1.0 - below) * (left * a + right * b) + below * (left * d + right * e)
     place = line.to(tl.int64) * (width + 1) + x
     out = strip_ptr + place[:, None] * CHANNELS + c[None, :]
-    tl.store(out, value.to(strip_ptr.dtype.element_ty), mask=(x <= width)[:, None])
+    value = operand(value.to(strip_ptr.dtype.element_ty), PRECISION)
+    tl.store(out, value, mask=(x <= width)[:, None])
 
 
 @triton.jit(do_not_specialize=["origin", "small_h", "small_w", "height", "width", "count_y", "count_x"])
@@ -174,7 +180,7 @@ def resize(x: Tensor, canvas: Canvas, strip: Tensor, top: int, rows: int) -> Non
     resize_kernel[grid](
         x, strip, top, canvas.views, small_h, small_w, canvas.height, canvas.width, channels, *x.stride()[:3],
         scale(small_h, canvas.height), scale(small_w, canvas.width),
-        CHANNELS=wide, BX=_PIXELS, BC=block, num_warps=_WARPS,
+        CHANNELS=wide, BX=_PIXELS, BC=block, PRECISION=precision(strip.dtype), num_warps=_WARPS,
     )  # fmt: skip
 
 

@@ -57,7 +57,12 @@ def compile_case(case: AotCase, capability: int) -> Usage:
     names = case.kernel.arg_names
     signature = {n: "constexpr" if n in case.constants else case.types[n] for n in names}
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in case.aligned}
-    source = ASTSource(case.kernel, signature, constexprs=dict(case.constants), attrs=attributes)
+    kind = ASTSource
+    if case.kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        kind = GluonASTSource
+    source = kind(case.kernel, signature, constexprs=dict(case.constants), attrs=attributes)
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(case.options))
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:

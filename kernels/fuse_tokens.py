@@ -24,7 +24,7 @@ in a program only take registers from the blocks that hide its latency."""
 
 BACKWARD_WARPS = 4
 
-CHUNKS = ((16_384, 16), (2_048, 8), (0, 4))
+CHUNKS = ((16_384, 32), (2_048, 8), (0, 4))
 """(at least so many tokens, tokens a program) of the backward pass: long chunks write fewer partial sums (two or three
 rows a chunk), short ones fill the device when there are few views. Fixed: no result depends on the device."""
 

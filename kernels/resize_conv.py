@@ -19,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._resize import Canvas, new_strip, resize, resize_kernel
 from ._rows import processors
+from ._tf32 import operand, rounded
 from .aot import AotCase
 from .tokenize import major, precision
 
@@ -66,9 +67,11 @@ def forward_tiles(size: int, exact: bool, hidden: int, target: int) -> Tiles:
     if target == 8:
         # 163 KB of shared memory, and accumulators share the registers with mma.sync's operands.
         return Tiles(128 if hidden <= 128 else 64, 64 if size == 2 else 32, 8, 3, pixel_rows=True)
+    # 16 bits on sm_90, measured: the next tile's loads under a tile's epilogue are worth 2 %.
+    flat = target == 9 and size == 2
     # 128 channels x 256 pixels: the largest accumulator that 8 warps hold (128 registers a thread), with channels in
     # the rows, so that a wgmma is 64 x 256 and reads 80 bytes of shared memory a clock, where 64 x 128 would read 96.
-    return Tiles(256 if hidden <= 128 else 128, 128 // size, 8, 4, tma=True)
+    return Tiles(256 if hidden <= 128 else 128, 128 // size, 8, 3 if flat else 4, tma=True, flatten=flat)
 
 
 @triton.jit
@@ -159,14 +162,14 @@ def resize_conv_kernel(
         # Comparing, where a maximum would turn NaN into zero.
         if PIXEL_ROWS:
             acc += bias3[None, :]
-            features = tl.where(acc < 0.0, 0.0, acc).to(dtype)
+            features = operand(tl.where(acc < 0.0, 0.0, acc).to(dtype), PRECISION)
             weight1 = tl.load(weight1_ptr + channel[None, :] * ROWS + hidden[:, None])
             result = tl.dot(features, weight1, input_precision=PRECISION) + bias1[None, :]
             out = out_ptr + pixel[:, None] * COUT + channel[None, :]
             mask = inside[:, None] & (channel < COUT)[None, :]
         else:
             acc += bias3[:, None]
-            features = tl.where(acc < 0.0, 0.0, acc).to(dtype)
+            features = operand(tl.where(acc < 0.0, 0.0, acc).to(dtype), PRECISION)
             weight1 = tl.load(weight1_ptr + channel[:, None] * ROWS + hidden[None, :])
             result = tl.dot(weight1, features, input_precision=PRECISION) + bias1[:, None]
             out = out_ptr + pixel[None, :] * COUT + channel[:, None]
@@ -185,14 +188,13 @@ def step_of(t: Tiles, channels: int) -> int:
 
 
 def pack(weight: Tensor, rows: int, channels: int, dtype: torch.dtype) -> Tensor:
-    """[M, C, 3, 3] to [9 * rows, channels], tap after tap, padded with zeros."""
+    """[M, C, 3, 3] to [9 * rows, channels], tap after tap, padded with zeros, rounded as matmuls take it."""
     m, c = weight.shape[:2]
-    taps = weight.permute(2, 3, 0, 1).reshape(9, m, c).to(dtype)
-    if (m, c) == (rows, channels):
-        return taps.reshape(9 * rows, channels).contiguous()
-    packed = torch.zeros(9, rows, channels, device=weight.device, dtype=dtype)
-    packed[:, :m, :c] = taps
-    return packed.view(9 * rows, channels)
+    packed = weight.permute(2, 3, 0, 1).reshape(9, m, c).to(dtype)
+    if (m, c) != (rows, channels):
+        taps, packed = packed, torch.zeros(9, rows, channels, device=weight.device, dtype=dtype)
+        packed[:, :m, :c] = taps
+    return rounded(packed.reshape(9 * rows, channels).contiguous(), precision(dtype))
 
 
 def pack_rows(vectors: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -248,7 +250,7 @@ def resize_conv_forward(
     count = stretches(total, wave * t.waves, wave)
     strip = new_strip(canvas, canvas.most_rows(min(count, total) * t.pixels), channels, x)
     bias = pack_rows(bias3[None], 1, rows, torch.float32)
-    last = pack_rows(weight1, COUT, rows, x.dtype)
+    last = rounded(pack_rows(weight1, COUT, rows, x.dtype), precision(x.dtype))
     pixels, weight = operands(strip, pack(weight3, rows, channels, x.dtype), rows, step, t)
     with torch.cuda.device_of(x):
         for first in range(0, total, count):
@@ -296,17 +298,17 @@ def aot_cases() -> list[AotCase]:
         for rows in (32, 64, 256):
             cases += [_case("fp16", "tf32", rows, target), _case("fp32", "tf32", rows, target)]
         cases += [_case("fp32", "ieee", rows, target) for rows in (32, 64, 128, 256)]
-    return cases + [_resize_case(kind) for kind in DTYPES]
+    return cases + [_resize_case(kind, "tf32") for kind in DTYPES] + [_resize_case("fp32", "ieee")]
 
 
-def _resize_case(kind: str) -> AotCase:
+def _resize_case(kind: str, how: str) -> AotCase:
     integers = ("top", "views", "small_h", "small_w", "height", "width", "channels", "stride_n", "stride_h", "stride_w")
     types = {"x_ptr": f"*{kind}", "strip_ptr": f"*{kind}"} | dict.fromkeys(integers, "i32")
     return AotCase(
-        name=f"resize_{kind}",
+        name=f"resize_{kind}_{how}",
         kernel=resize_kernel,
         types=types | {"scale_y": "fp32", "scale_x": "fp32"},
-        constants={"CHANNELS": 128, "BX": 64, "BC": 128},
+        constants={"CHANNELS": 128, "BX": 64, "BC": 128, "PRECISION": how},
         aligned=("x_ptr", "strip_ptr", "channels", "stride_n", "stride_h", "stride_w"),
         options={"num_warps": 8},
     )

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._tf32 import operand, rounded
 from .aot import AotCase
 from .tokenize import EXACT_TILES, Tiles, extent, major, precision, quotient
 
@@ -98,7 +99,7 @@ def unshuffle_conv_kernel(
         live = ((taps >> tap) & 1) != 0
         a = tl.load(patch + (corner + offset[None, :]), mask=live[:, None], other=0.0)
         w = tl.load(weights + (step * BK + lane)[:, None])
-        acc = tl.dot(a.to(dtype), w, acc, input_precision=PRECISION)
+        acc = tl.dot(operand(a.to(dtype), PRECISION), w, acc, input_precision=PRECISION)
 
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + safe_col).to(tl.float32)[None, :]
@@ -107,12 +108,15 @@ def unshuffle_conv_kernel(
 
 
 def reordered(weight: Tensor, cin: int, patch: int, step: int) -> Tensor:
-    """[Cout, Cin * P * P, 3, 3] to [Cout, 9, depth], depth (row, column, channel) padded with zeros to whole steps."""
+    """[Cout, Cin * P * P, 3, 3] to [Cout, 9, depth], depth (row, column, channel) padded with zeros to whole steps.
+
+    Rounded as the matmul takes it.
+    """
     cout, depth = weight.shape[0], cin * patch * patch
     taps = weight.reshape(cout, cin, patch, patch, 3, 3).permute(0, 4, 5, 2, 3, 1)
     padded = weight.new_zeros(cout, 9, triton.cdiv(depth, step) * step)
     padded[:, :, :depth] = taps.reshape(cout, 9, depth)
-    return padded
+    return rounded(padded, precision(weight.dtype))
 
 
 def unshuffle_conv_forward(

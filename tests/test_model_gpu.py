@@ -24,9 +24,11 @@ ALL_INPUTS = [
     "ray_directions_cam", "depth_along_ray", "camera_pose_quats", "camera_pose_trans", "is_metric_scale",
     "radial_scene_flow", "pts3d_cam", "valid_mask",
 ]  # fmt: skip
-# Two runs in bf16 that round at different places differ by chance: over the outputs of these sizes the ratio of their
-# errors scatters by a few percent around 1.
-CHANCE = 1.1
+# Two runs in bf16 that round at different places differ by chance. Dense outputs average it out; the four cameras of a
+# clip are a handful of numbers that move whole maps of points, and over 8 clips their ratio scatters by a quarter.
+CLIPS = 8
+CHANCE, SMALL_CHANCE = 1.1, 1.25
+SMALL = ("cam_trans", "cam_quats", "metric_scaling_factor", "pts3d")
 
 
 @pytest.fixture(autouse=True)
@@ -76,23 +78,32 @@ def test_golden_outputs_with_triton_kernels(name: str) -> None:
 
 @pytest.mark.parametrize("weights", ["random", "golden"])
 def test_mixed_precision_errs_no_more_than_plain_autocast(weights: str) -> None:
-    """Full-size model, 4 views of 518 x 336: per output, against the float32 model."""
+    """Full-size model, 4 views of 518 x 336: per output, root mean square over clips, against the float32 model."""
     torch.manual_seed(0)
     model = Any4D.from_preset("any4d").eval()
     if weights == "golden":
         golden_weights(model)
     model.cuda()
-    views = to_cuda(golden_views(4, 1, 336, 518, 7, [[]] * 4))
+    ours: dict[str, float] = {}
+    plain: dict[str, float] = {}
     with torch.no_grad():
-        with use_backend("eager"):
-            exact = model(views)
+        for seed in range(CLIPS):
+            views = to_cuda(golden_views(4, 1, 336, 518, seed, [[]] * 4))
+            with use_backend("eager"):
+                exact = model(views)
+                with mixed_precision():
+                    accumulate(plain, errors(model(views), exact))
             with mixed_precision():
-                plain = errors(model(views), exact)
-        with mixed_precision():
-            ours = errors(model(views), exact)
-    report = {k: (f"{ours[k]:.2e}", f"{plain[k]:.2e}") for k in plain}
+                accumulate(ours, errors(model(views), exact))
+    report = {k: f"{(ours[k] / CLIPS) ** 0.5:.2e} (plain {(plain[k] / CLIPS) ** 0.5:.2e})" for k in plain}
     print(weights, report)
-    assert all(ours[k] <= CHANCE * plain[k] for k in plain), report
+    bad = [k for k in plain if not ours[k] ** 0.5 <= (SMALL_CHANCE if k in SMALL else CHANCE) * plain[k] ** 0.5]
+    assert not bad, (bad, report)
+
+
+def accumulate(total: dict[str, float], found: dict[str, float]) -> None:
+    for key, value in found.items():
+        total[key] = total.get(key, 0.0) + value**2
 
 
 def test_training_step_matches_the_reference_gradients() -> None:

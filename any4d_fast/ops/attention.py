@@ -118,10 +118,7 @@ def _sdpa_reasons(name: str, max_head_dim: int) -> Callable[..., list[str]]:
     def reasons(qkv: Tensor, *, segments: Segments, deterministic: bool, return_lse: bool) -> list[str]:
         if not qkv.is_cuda:
             return [f"tensors are on {qkv.device.type}; {name} runs on CUDA devices"]
-        why_not = []
-        capability = backends.capability(qkv.device.index or 0)
-        if capability < (8, 0):
-            why_not.append(f"compute capability {capability} is older than 8.0")
+        why_not = backends.too_old(qkv)
         if name == "cudnn" and not torch.backends.cudnn.is_available():
             why_not.append("this PyTorch has no cuDNN")
         if qkv.dtype not in (torch.bfloat16, torch.float16):
@@ -242,8 +239,16 @@ def attention(
     if scale is None:
         scale = attention_scale(qkv.shape[3], segments.length)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    # Measured on an H200 (kernels/notes/attention.md): Triton's forward is the fastest, cuDNN's backward is.
+    trained = torch.is_grad_enabled() and qkv.requires_grad
     name = backends.select(
-        "attention", backend, qkv, segments=segments, deterministic=deterministic, return_lse=return_lse
+        "attention",
+        backend,
+        qkv,
+        segments=segments,
+        deterministic=deterministic,
+        return_lse=return_lse,
+        first="cudnn" if trained and qkv.is_cuda else None,
     )
     if name == "eager":
         return reference_attention(qkv, segments, scale, return_lse)

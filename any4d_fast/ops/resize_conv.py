@@ -129,7 +129,19 @@ def _triton_reasons(
     return reasons
 
 
-backends.register("resize_conv", triton=_triton_reasons)
+def _cudnn_reasons(
+    x: Tensor, size: tuple[int, int], weight3: Tensor, bias3: Tensor, weight1: Tensor, bias1: Tensor
+) -> list[str]:
+    tensors = (t for t in (x, weight3, bias3, weight1, bias1) if not t.is_cuda)
+    return [f"tensors are on {t.device.type}; cuDNN runs on CUDA devices" for t in tensors][:1]
+
+
+backends.register("resize_conv", triton=_triton_reasons, cudnn=_cudnn_reasons)
+
+
+def _exact(x: Tensor) -> bool:
+    """Whether the Triton kernels would multiply without tensor cores."""
+    return x.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
 
 
 def _check(x: Tensor, size: tuple[int, int], weight3: Tensor, bias3: Tensor, weight1: Tensor, bias1: Tensor) -> None:
@@ -171,14 +183,16 @@ def resize_conv(
     """conv1x1(relu(conv3x3(resize(x, size)))), channels-last in and out.
 
     The resize is bilinear with aligned corners, the 3x3 convolution pads with zeros (as in DPT, arXiv 2103.13413, and
-    Any4D's dense heads). Arithmetic is x's: weights are rounded to its dtype, sums are float32; a float32 x is
-    multiplied in TF32 where `torch.backends.cuda.matmul.allow_tf32` is set. No map with C or M channels of the full
-    size exists: the Triton backend works through a scratch of a few dozen megabytes whatever the number of maps. The
-    resized map and the hidden map are rounded to x's dtype, so that float16 needs both below 65,504.
+    Any4D's dense heads). Arithmetic is x's: weights are rounded to its dtype, sums are float32. A float32 x is
+    multiplied in TF32 where PyTorch's setting for the arithmetic that runs allows it:
+    `torch.backends.cuda.matmul.allow_tf32` for Triton, `torch.backends.cudnn.allow_tf32` for the others. The resized
+    map and the hidden map are rounded to x's dtype, so that float16 needs both below 65,504.
 
-    Backward keeps its inputs only and computes the hidden map again, a few maps at a time (at most 256 MiB of scratch,
-    or one map's, whichever is more). The Triton backend's gradients are bitwise equal from run to run; the eager
-    backend's gradient of x is not on CUDA (PyTorch's transposed resize adds atomically).
+    With Triton no map with C or M channels of the full size exists: it works through a scratch of a few dozen megabytes
+    whatever the number of maps. Its backward pass keeps the inputs only and computes the hidden map again, a few maps
+    at a time (at most 256 MiB of scratch, or one map's, whichever is more); gradients are bitwise equal from run to
+    run. The others hold three maps of the full size, which autograd keeps in training, and their gradient of x is not
+    deterministic on CUDA (PyTorch's transposed resize adds atomically).
 
     Args:
         x: [N, h, w, C] features, any strides; a map whose channels are not contiguous is copied first.
@@ -187,17 +201,21 @@ def resize_conv(
         bias3: [M].
         weight1: [Cout, M] or [Cout, M, 1, 1].
         bias1: [Cout].
-        backend: "triton" (C and M multiples of 16 up to 256, Cout up to 16), "eager", or None for the fastest.
+        backend: "triton" (C and M multiples of 16 up to 256, Cout up to 16), "cudnn" (PyTorch's layers on CUDA),
+            "eager", or None for the fastest: Triton, but cuDNN for float32 where
+            `torch.backends.cuda.matmul.allow_tf32` is not set.
 
     Returns:
-        [N, H, W, Cout] in x's dtype; contiguous from Triton, in the convolution's memory layout from eager.
+        [N, H, W, Cout] in x's dtype; contiguous from Triton, in the convolution's memory layout from the others.
 
     Raises:
         ValueError: a shape or dtype is not as above.
         BackendError: `backend` cannot run this call.
     """
     _check(x, size, weight3, bias3, weight1, bias1)
-    if backends.select("resize_conv", backend, x, size, weight3, bias3, weight1, bias1) == backends.EAGER:
+    # Measured on an H200 (kernels/notes/resize_conv.md): without tensor cores cuDNN is faster by five.
+    first = "cudnn" if _exact(x) else None
+    if backends.select("resize_conv", backend, x, size, weight3, bias3, weight1, bias1, first=first) != "triton":
         return reference_resize_conv(x, size, weight3, bias3, weight1, bias1)
     result: Tensor = _ResizeConv.apply(x, list(size), weight3, bias3, weight1.flatten(1), bias1)
     return result

@@ -44,7 +44,7 @@ def _forward_fake(
     out_dtype: torch.dtype,
 ) -> Tensor:
     patch = weight.shape[-1]
-    rows = (image.shape[2] // patch) * (image.shape[3] // patch) + (cls_token is not None)
+    rows = (image.shape[2] // patch) * (image.shape[3] // patch) + int(cls_token is not None)
     if register_tokens is not None:
         rows = rows + register_tokens.shape[0]
     return image.new_empty(image.shape[0], rows, weight.shape[0], dtype=out_dtype)

@@ -1,4 +1,4 @@
-"""First layer of the dense tokenizers: PixelUnshuffle and a 3x3 convolution, without the unshuffled copy."""
+"""First layer of the dense tokenizers: PixelUnshuffle and a 3x3 convolution (Triton: without the unshuffled copy)."""
 
 from __future__ import annotations
 
@@ -105,7 +105,13 @@ def _triton_reasons(x: Tensor, weight: Tensor, bias: Tensor | None) -> list[str]
     return reasons
 
 
-backends.register("unshuffle_conv", triton=_triton_reasons)
+def _cudnn_reasons(x: Tensor, weight: Tensor, bias: Tensor | None) -> list[str]:
+    tensors = (t for t in (x, weight, bias) if t is not None and not t.is_cuda)
+    return [f"tensors are on {t.device.type}; cuDNN runs on CUDA devices" for t in tensors][:1]
+
+
+# Measured on an H200 (kernels/notes/tokenize.md): cuDNN on an unshuffled copy is faster.
+backends.register("unshuffle_conv", cudnn=_cudnn_reasons, triton=_triton_reasons)
 
 
 def unshuffle_conv(
@@ -120,8 +126,9 @@ def unshuffle_conv(
     """PixelUnshuffle(patch_size), then a 3x3 convolution with zero padding of one patch, channels-last in and out.
 
     Channel `c * P * P + i * P + j` of the unshuffled map is pixel (i, j) of the patch in channel c, as in
-    `torch.nn.PixelUnshuffle`. Values are rounded to the weight's dtype; products are summed in float32, and taken in
-    TF32 for a float32 weight where `torch.backends.cuda.matmul.allow_tf32` is set.
+    `torch.nn.PixelUnshuffle`. Values are rounded to the weight's dtype and products are summed in float32. For a
+    float32 weight, products are TF32 where PyTorch's setting for the arithmetic that runs allows it:
+    `torch.backends.cuda.matmul.allow_tf32` for Triton, `torch.backends.cudnn.allow_tf32` for the others.
 
     Args:
         x: [N, H, W, Cin] float dense map: ray directions (unit vectors, camera frame), log depth, normalised flow.
@@ -130,7 +137,8 @@ def unshuffle_conv(
         bias: [Cout] or None.
         patch_size: P.
         out_dtype: the weight's dtype by default.
-        backend: "triton", "eager" or None for the fastest that can run. The backward pass is cuDNN's in both.
+        backend: "cudnn" (PyTorch's convolution of an unshuffled copy, on CUDA), "triton" (no copy; the backward pass
+            makes one), "eager" or None for the fastest that can run. The backward pass is PyTorch's in all.
 
     Returns:
         [N, H / P, W / P, Cout], contiguous.
@@ -156,7 +164,7 @@ def unshuffle_conv(
             f"bias: expected [{weight.shape[0]}], got {list(bias.shape)}; pass the same convolution's bias"
         )
     dtype = out_dtype or weight.dtype
-    if backends.select("unshuffle_conv", backend, x, weight, bias) == backends.EAGER:
+    if backends.select("unshuffle_conv", backend, x, weight, bias) != "triton":
         return reference_unshuffle_conv(x, weight, bias, patch_size, out_dtype=dtype)
     out: Tensor = _UnshuffleConv.apply(x, weight, bias, patch_size, dtype)
     return out

@@ -1,0 +1,90 @@
+"""Device times, peak memory, and the ceilings that this device reaches in the same process."""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+FLUSH_BYTES = 256 << 20  # several times the 60 MB of L2 on Hopper
+HEAD_START_CYCLES = 500_000  # about 0.3 ms: more than an op's launches take, so that the queue never runs dry
+WARMUP_SECONDS, TIMED_SECONDS, MIN_RUNS, MAX_RUNS = 0.05, 0.2, 7, 200
+
+Function = Callable[[], Any]
+
+
+def time_ms(function: Function, head_start: bool = True) -> tuple[float, float, float]:
+    """Median, 20th and 80th percentile of the device time of one run, in milliseconds.
+
+    The L2 cache is flushed before every run. With `head_start` the device spins for a moment before the first event, so
+    that Python's launches are queued by then and only work on the device is timed; a whole model is timed without.
+    """
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    function()
+    torch.cuda.synchronize()
+
+    def run(count: int) -> list[float]:
+        starts = [torch.cuda.Event(enable_timing=True) for _ in range(count)]
+        ends = [torch.cuda.Event(enable_timing=True) for _ in range(count)]
+        for start, end in zip(starts, ends, strict=True):
+            flush.zero_()
+            if head_start:
+                torch.cuda._sleep(HEAD_START_CYCLES)
+            start.record()
+            function()
+            end.record()
+        torch.cuda.synchronize()
+        return [s.elapsed_time(e) for s, e in zip(starts, ends, strict=True)]
+
+    estimate = max(sorted(run(3))[1], 1e-3)
+    if WARMUP_SECONDS * 1e3 > estimate:
+        run(min(MAX_RUNS, int(WARMUP_SECONDS * 1e3 / estimate)))
+    times = sorted(run(min(MAX_RUNS, max(MIN_RUNS, int(TIMED_SECONDS * 1e3 / estimate)))))
+    pick = [times[int(q * (len(times) - 1))] for q in (0.5, 0.2, 0.8)]
+    return pick[0], pick[1], pick[2]
+
+
+@functools.cache
+def copy_tbps() -> float:
+    """Device-to-device copy bandwidth, bytes read plus bytes written, TB/s."""
+    source = torch.randint(0, 100, (1 << 30,), dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / time_ms(lambda: target.copy_(source))[0] / 1e9
+
+
+@functools.cache
+def matmul_tflops(dtype: torch.dtype = torch.bfloat16) -> float:
+    """Matmul rate at 8192 on random data, TFLOP/s; float32 in TF32."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(2))
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        return 2 * 8192**3 / time_ms(lambda: a @ b)[0] / 1e9
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def peak_gb(make: Callable[[], Function]) -> tuple[Function, float]:
+    """A provider's run, and the memory that making and running it once take beyond what is allocated, GB.
+
+    Making the run of a backward pass runs the forward pass, so what that one keeps is counted.
+    """
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    function = make()
+    function()
+    torch.cuda.synchronize()
+    return function, (torch.cuda.max_memory_allocated() - before) / 1e9
+
+
+def reserved_gb() -> float:
+    """Memory that the process holds on the device when everything unused is given back, GB."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved() / 1e9
