@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -31,10 +30,10 @@ console = Console(stderr=True)
 UNTRAINED = "[yellow]The weights are random (seeded): the geometry means nothing. Give --checkpoint for real results."
 
 Checkpoint = Annotated[
-    Optional[str], typer.Option("--checkpoint", help="Weights: .pth, .safetensors or a Hugging Face id.")
+    str | None, typer.Option("--checkpoint", help="Weights: .pth, .safetensors or a Hugging Face id.")
 ]
-Preset = Annotated[Optional[str], typer.Option(help="Architecture: any4d, any4d-base or tiny.")]
-Device = Annotated[Optional[str], typer.Option(help="cuda, cuda:1 or cpu; by default a GPU where there is one.")]
+Preset = Annotated[str | None, typer.Option(help="Architecture: any4d, any4d-base or tiny.")]
+Device = Annotated[str | None, typer.Option(help="cuda, cuda:1 or cpu; by default a GPU where there is one.")]
 
 
 @contextmanager
@@ -116,14 +115,20 @@ def reconstruct(
     ],
     checkpoint: Checkpoint = None,
     preset: Preset = None,
-    frames: Annotated[Optional[int], typer.Option(help="At most so many frames.", min=1)] = None,
+    frames: Annotated[int | None, typer.Option(help="At most so many frames.", min=1)] = None,
     stride: Annotated[int, typer.Option(help="Every how-many-th frame.", min=1)] = 1,
     reference: Annotated[int, typer.Option(help="Frame whose camera is the world and whose pixels carry flow.")] = 0,
-    size: Annotated[Optional[str], typer.Option(help="Model size: the long side, or HEIGHTxWIDTH.")] = None,
+    size: Annotated[str | None, typer.Option(help="Model size: the long side, or HEIGHTxWIDTH.")] = None,
     device: Device = None,
-    intrinsics: Annotated[Optional[str], typer.Option(help="fx,fy,cx,cy in pixels of the given images, or a file.")] = None,
-    depth: Annotated[Optional[Path], typer.Option(help="Folder or file of z-depth: metres, or 16-bit millimetres.")] = None,
-    poses: Annotated[Optional[Path], typer.Option(help="File of camera-to-world poses: .npy, .txt (TUM, KITTI), .json.")] = None,
+    intrinsics: Annotated[
+        str | None, typer.Option(help="fx,fy,cx,cy in pixels of the given images, or a file.")
+    ] = None,
+    depth: Annotated[
+        Path | None, typer.Option(help="Folder or file of z-depth: metres, or 16-bit millimetres.")
+    ] = None,
+    poses: Annotated[
+        Path | None, typer.Option(help="File of camera-to-world poses: .npy, .txt (TUM, KITTI), .json.")
+    ] = None,
 ) -> None:
     """Reconstruct a clip."""
     with _plain_errors():
@@ -161,9 +166,7 @@ def demo(
 
         model, trained = load_model(checkpoint, preset or (None if checkpoint else "tiny"), device)
         with _progress(model) as (on_step, _):
-            result, errors, paths = run_demo(
-                model, output, frames=frames, seed=seed, trained=trained, on_step=on_step
-            )
+            result, errors, paths = run_demo(model, output, frames=frames, seed=seed, trained=trained, on_step=on_step)
         _report(result, paths, _error_rows(errors))
 
 
@@ -211,4 +214,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

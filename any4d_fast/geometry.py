@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 
-def pixel_grid(height: int, width: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Tensor:
+def pixel_grid(
+    height: int, width: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
     """Pixel coordinates (u, v) of every pixel centre, [H, W, 2] in pixels."""
     v, u = torch.meshgrid(
         torch.arange(height, device=device, dtype=dtype or torch.float32),

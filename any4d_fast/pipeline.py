@@ -219,4 +219,3 @@ def read_views(
         for view, pose in zip(views, load_poses(poses, clip), strict=True):
             view["camera_poses"] = torch.from_numpy(pose).float()
     return views, clip
-

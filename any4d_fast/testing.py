@@ -58,18 +58,16 @@ def assert_within_budget(
         raise AssertionError(f"{name}: relative error {error:.3e} exceeds {budget:.3e} (plain PyTorch: {base:.3e})")
 
 
-def gradients(function: Callable[..., Any], inputs: list[Tensor | None], cotangents: list[Tensor]) -> list[Tensor | None]:
+def gradients(
+    function: Callable[..., Any], inputs: list[Tensor | None], cotangents: list[Tensor]
+) -> list[Tensor | None]:
     """Gradients of `function(*inputs)` for the given cotangents, one per input (None where it needs none)."""
-    leaves = [
-        t.detach().clone().requires_grad_() if t is not None and t.is_floating_point() else t for t in inputs
-    ]
+    leaves = [t.detach().clone().requires_grad_() if t is not None and t.is_floating_point() else t for t in inputs]
     outputs = function(*leaves)
     outputs = [outputs] if isinstance(outputs, Tensor) else [o for o in outputs if o.is_floating_point()]
     wanted = [t for t in leaves if t is not None and t.requires_grad]
     pairs = [(o, g) for o, g in zip(outputs, cotangents, strict=True) if o.requires_grad]
-    found = torch.autograd.grad(
-        [o for o, _ in pairs], wanted, [g.to(o.dtype) for o, g in pairs], allow_unused=True
-    )
+    found = torch.autograd.grad([o for o, _ in pairs], wanted, [g.to(o.dtype) for o, g in pairs], allow_unused=True)
     lookup = dict(zip(map(id, wanted), found, strict=True))
     return [lookup.get(id(t)) if t is not None else None for t in leaves]
 

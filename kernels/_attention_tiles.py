@@ -167,7 +167,8 @@ def forward_tile(length: int, head_dim: int, dtype: torch.dtype, major: int) -> 
     return ForwardTile(64, 64, 4, 3)
 
 
-HOPPER_TILES: dict[bool, HopperTile] = {True: HopperTile(3, 64, 128, 2, overlap=False)}  # 466 TFLOP/s at N=36,409 on an H200
+# 466 TFLOP/s at N=36,409 on an H200, but 247 at N=7,105, where plain tiles reach 356: for long segments only.
+HOPPER_TILES: dict[bool, HopperTile] = {True: HopperTile(3, 64, 128, 2, overlap=False)}
 """Whether segments are long -> configuration of the warp-specialised forward, where measurement prefers it."""
 
 

@@ -2,7 +2,7 @@
 
 Imported before any kernel when TRITON_INTERPRET=1 and never otherwise. In triton 3.6 to 3.9 the interpreter
 multiplies the raw bits of bfloat16 operands in `tl.dot`, truncates float32 to bfloat16 where GPUs round to nearest
-even, and asks for a driver in `@triton.autotune`; 3.6 also needs `int()` of one-element arrays, which numpy 2.4 forbids.
+even, and asks for a driver in `@triton.autotune`; 3.6 also takes `int()` of one-element arrays, forbidden in numpy 2.4.
 """
 
 from __future__ import annotations

@@ -75,9 +75,7 @@ class MultiViewTransformer(nn.Module):
         taps: list[Tensor] = []
         for i, block in enumerate(blocks):
             frame = config.kind == "alternating_attention" and i % 2 == 1
-            segments = (
-                Segments.frame(batch, views, per_view, extra=1) if frame else Segments.global_(batch, rows)
-            )
+            segments = Segments.frame(batch, views, per_view, extra=1) if frame else Segments.global_(batch, rows)
             scales = self._row_scales(x, batch, views, per_view, frame)
             last = i + 1 == len(blocks)
             args = (

@@ -10,9 +10,9 @@ import importlib
 import os
 from pathlib import Path
 
+import any4d_fast.kernels
 import pytest
 
-import any4d_fast.kernels
 from any4d_fast import backends
 
 pytestmark = [

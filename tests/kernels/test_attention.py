@@ -18,13 +18,15 @@ pytestmark = kernel_test
 
 SCALE = 0.2
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# On a GPU the kernels' exponentials come from the special function unit, whose ex2.approx errs by 2 ulp (PTX ISA, section
-# 9.7.3.20) where PyTorch's float32 exp errs by 1: half as much again on top of the project's factor of 2. 16 bits hide it.
+# On a GPU the kernels' exponentials come from the special function unit, whose ex2.approx errs by 2 ulp (PTX ISA) where
+# PyTorch's float32 exp errs by 1: half as much again on top of the project's factor of 2. 16 bits hide it.
 FLOAT32_FACTOR = 3.0 if GPU else 2.0
 
 
 def factor(dtype: torch.dtype) -> float:
     return FLOAT32_FACTOR if dtype == torch.float32 else 2.0
+
+
 ODD = Segments(length=5, count=3, stride=7, groups=2, group_stride=30, start=3)
 SEGMENTS = {
     "1": (Segments.global_(3, 1), 3),
