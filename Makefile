@@ -79,8 +79,9 @@ test: $(TEST_READY) ## linters, types and every test that needs no GPU, in .venv
 	@$(call pytest_marked,aot)
 	$(call stage,all stages passed)
 
-test-gpu: ## the tests that need a GPU, in the environment of PYTHON
-	$(PYTHON) -m pytest -m gpu -rA --junitxml=test-gpu.xml $(PYTEST_ARGS)
+test-gpu: ## the tests that need a GPU, in the environment of PYTHON; the outcome goes to benchmarks/results/tests
+	status=0; $(PYTHON) -m pytest -m gpu -ra --junitxml=test-gpu.xml $(PYTEST_ARGS) || status=$$?; \
+	$(PYTHON) -m benchmarks.gpu_tests test-gpu.xml; exit $$status
 
 bench: ## check and time every operator and the model on this GPU, in the environment of PYTHON
 	$(PYTHON) -m pytest benchmarks --benchmark-only $(PYTEST_ARGS)

@@ -172,6 +172,6 @@ def describe() -> list[tuple[str, bool, str]]:
     return [
         ("eager", True, "plain PyTorch, any device"),
         ("triton", triton_why is None, triton_why or ("CPU interpreter" if interpreting() else "ready")),
-        ("cudnn", no_gpu is None, no_gpu or "through PyTorch's scaled_dot_product_attention"),
+        ("cudnn", no_gpu is None, no_gpu or "PyTorch's attention and convolutions"),
         ("flash", no_gpu is None, no_gpu or "through PyTorch's scaled_dot_product_attention"),
     ]

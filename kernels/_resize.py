@@ -161,6 +161,11 @@ def resize_transpose_kernel(
 _PIXELS, _CHANNELS, _WARPS = 64, 128, 8
 
 
+def resized_pixels(size: int) -> int:
+    """Pixels of a resize's block, from the bytes of an element: 64 of float32 would take 172 registers a thread."""
+    return _PIXELS if size == 2 else 32
+
+
 def _block(channels: int) -> int:
     """Channels of one block: the largest power of two that divides them, 128 at most."""
     return min(channels & -channels, _CHANNELS)
@@ -175,12 +180,12 @@ def resize(x: Tensor, canvas: Canvas, strip: Tensor, top: int, rows: int) -> Non
     """Write `rows` rows of the views, from row `top` on, to the start of a strip [places, channels]."""
     _, small_h, small_w, channels = x.shape
     wide = strip.shape[1]
-    block = _block(wide)
-    grid = (rows, triton.cdiv(canvas.pitch, _PIXELS), wide // block)
+    block, pixels = _block(wide), resized_pixels(strip.element_size())
+    grid = (rows, triton.cdiv(canvas.pitch, pixels), wide // block)
     resize_kernel[grid](
         x, strip, top, canvas.views, small_h, small_w, canvas.height, canvas.width, channels, *x.stride()[:3],
         scale(small_h, canvas.height), scale(small_w, canvas.width),
-        CHANNELS=wide, BX=_PIXELS, BC=block, PRECISION=precision(strip.dtype), num_warps=_WARPS,
+        CHANNELS=wide, BX=pixels, BC=block, PRECISION=precision(strip.dtype), num_warps=_WARPS,
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._resize import Canvas, new_strip, resize, resize_kernel
+from ._resize import Canvas, new_strip, resize, resize_kernel, resized_pixels
 from ._rows import processors
 from ._tf32 import operand, rounded
 from .aot import AotCase
@@ -308,7 +308,7 @@ def _resize_case(kind: str, how: str) -> AotCase:
         name=f"resize_{kind}_{how}",
         kernel=resize_kernel,
         types=types | {"scale_y": "fp32", "scale_x": "fp32"},
-        constants={"CHANNELS": 128, "BX": 64, "BC": 128, "PRECISION": how},
+        constants={"CHANNELS": 128, "BX": resized_pixels(DTYPES[kind].itemsize), "BC": 128, "PRECISION": how},
         aligned=("x_ptr", "strip_ptr", "channels", "stride_n", "stride_h", "stride_w"),
         options={"num_warps": 8},
     )

@@ -105,7 +105,6 @@ def hidden_gradient_kernel(
     weight1_sums = weight1_sum_ptr + (program * 16 + channel)[:, None] * ROWS + hidden[None, :]
     bias3_sums = bias3_sum_ptr + (program * 16 + channel)[:, None] * ROWS + hidden[None, :]
     ones = tl.full([16, BP], 1.0, tl.float32).to(dtype)
-    EXACT: tl.constexpr = "ieee" if PRECISION == "ieee" else "tf32x3"
     weight1_sum = tl.load(weight1_sums)
     bias3_sum = tl.load(bias3_sums)
     for tile in tl.range(program, count, tl.num_programs(0)):
@@ -120,13 +119,13 @@ def hidden_gradient_kernel(
         weight1_sum = tl.dot(grad.T, features, weight1_sum, input_precision=PRECISION)
         weight1 = tl.load(weight1_ptr + channel[:, None] * ROWS + hidden[None, :])
         gradient = tl.dot(grad, weight1, input_precision=PRECISION)
-        gradient = tl.where(features > 0.0, gradient, 0.0)
+        gradient = operand(tl.where(features > 0.0, gradient, 0.0).to(dtype), PRECISION)
         # A matmul with ones: a sum's 32 running values a thread would spill. Exact up to the rounding of the gradient.
-        bias3_sum = tl.dot(ones, gradient.to(dtype), bias3_sum, input_precision=EXACT)
+        bias3_sum = tl.dot(ones, gradient, bias3_sum, input_precision=PRECISION)
         if STORE:
             # Places that are no pixels have no gradient: they are the next convolution's zero padding.
             out = hidden_ptr + (lane - origin).to(tl.int64)[:, None] * HIDDEN + hidden[None, :]
-            tl.store(out, operand(gradient.to(dtype), PRECISION), mask=(hidden < HIDDEN)[None, :])
+            tl.store(out, gradient, mask=(hidden < HIDDEN)[None, :])
     tl.store(weight1_sums, weight1_sum)
     tl.store(bias3_sums, bias3_sum)
 
@@ -351,7 +350,7 @@ def _case(name: str, kernel: object, kind: str, t: Tiles, constants: dict[str, o
         options={"num_warps": t.warps, "num_stages": t.stages},
         targets=(target * 10,),
         # Not the model's heads: 256 hidden channels spill between the loop and the stores, once a tile.
-        max_spills=200 if constants.get("ROWS") == 256 and "STORE" in constants else 0,
+        max_spills=60 if constants.get("ROWS") == 256 and "STORE" in constants else 0,
     )
 
 

@@ -385,3 +385,19 @@ def test_a_case_on_the_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     (path,) = tmp_path.glob("*.csv")
     rows = [r for r in results.read(path) if r.case == "layer_norm"]
     assert len(rows) == 4 and all(r.number("ms") for r in rows) and rows[0].gpu == torch.cuda.get_device_name()
+
+
+def test_gpu_test_reports_are_counted_by_file(tmp_path: Path) -> None:
+    from benchmarks.gpu_tests import count
+
+    report = tmp_path / "report.xml"
+    report.write_text(
+        """<testsuites><testsuite>
+        <testcase classname="tests.kernels.test_a" name="x" time="1.5"/>
+        <testcase classname="tests.kernels.test_a.TestReal" name="y" time="0.5"><failure message="no"/></testcase>
+        <testcase classname="tests.test_b" name="z" time="0"><skipped message="why"/></testcase>
+        </testsuite></testsuites>"""
+    )
+    found = count([report])
+    assert found["tests/kernels/test_a.py"] == {"passed": 1, "failed": 1, "milliseconds": 2000}
+    assert found["tests/test_b.py"] == {"skipped": 1, "milliseconds": 0}

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from any4d_fast import testing
+from any4d_fast import backends, testing
 from any4d_fast.ops.unshuffle_conv import unshuffle_conv
 from any4d_fast.reference.unshuffle_conv import unshuffle_conv as reference
+from tests import tf32
 from tests.kernels_common import DEVICE, GPU, gpu_only, kernel_test
 
 pytestmark = kernel_test
@@ -49,6 +50,34 @@ def check(given: list[Tensor], patch: int = 14, out_dtype: torch.dtype | None = 
 @pytest.mark.parametrize("cin", [1, 3])
 def test_parity(cin: int, dtype: torch.dtype) -> None:
     check(inputs((2, 28, 42, cin), 20, dtype))
+
+
+@pytest.mark.parametrize("cin", [1, 3])
+def test_tf32_rounds_to_nearest(cin: int) -> None:
+    """As a convolution whose operands are rounded to TF32 and multiplied exactly: see `tests/tf32.py`."""
+    x, weight, bias = inputs((2, 28, 42, cin), 20, torch.float32)
+    oracle = reference(x.double(), weight.double(), bias.double(), 14)
+    with tf32.settings(matmul=False, cudnn=False), tf32.convolutions():
+        plain = reference(x, weight, bias, 14)
+    with tf32.settings(matmul=True, cudnn=False), testing.poisoned_empty():
+        actual = unshuffle_conv(x, weight, bias, 14, backend="triton")
+    error = testing.relative_error(plain, oracle)
+    assert 2e-5 < error < 1e-3
+    # Equal but for the order (and on a GPU the width) of sums. Truncated operands differ by more than `error`; and the
+    # interpreter multiplies exactly, so that a bound on the error alone would say nothing.
+    assert testing.relative_error(actual, plain) < 0.25 * error
+
+
+def test_automatic_choice_follows_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN on a GPU; the interpreter's tensors are on the CPU, where it cannot run."""
+    chosen = []
+    select = backends.select
+    monkeypatch.setattr(backends, "select", lambda *a, **k: chosen.append(select(*a, **k)) or chosen[-1])
+    given = inputs((1, 28, 28, 1), 16, torch.float16)
+    unshuffle_conv(*given, 14)
+    with backends.use_backend("triton"):
+        unshuffle_conv(*given, 14)
+    assert chosen == ["cudnn" if GPU else "triton", "triton"]
 
 
 @pytest.mark.parametrize("size", [(1, 14, 14, 3), (1, 14, 42, 1), (3, 42, 14, 1)])
@@ -124,12 +153,8 @@ class TestRealSizes:
         check(inputs((2, 518, 336, cin), 588, dtype))
 
     def test_parity_in_tf32(self, cin: int, dtype: torch.dtype) -> None:
-        before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        try:
+        with tf32.settings(matmul=True, cudnn=True):
             check(inputs((2, 518, 336, cin), 588, dtype))
-        finally:
-            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 class TestOffsets:

@@ -119,7 +119,9 @@ def test_errors_name_the_argument(argument: str, value: object, message: str) ->
         resize_conv(**({"size": (4, 4)} | given | {argument: value}))  # type: ignore[arg-type]
 
 
-def test_triton_says_why_it_cannot_run() -> None:
+def test_backends_say_why_they_cannot_run() -> None:
     x, *layers = inputs((1, 4, 4, 24), 300, 20)
+    with pytest.raises(BackendError, match=r"tensors are on cpu; cuDNN runs on CUDA devices"):
+        resize_conv(x, (4, 4), *layers, backend="cudnn")
     with pytest.raises(BackendError, match=r"float64.*C = 24 .*M = 300 .*20 output channels"):
         resize_conv(x, (4, 4), *layers, backend="triton")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from any4d_fast.backends import BackendError
 from any4d_fast.ops.unshuffle_conv import unshuffle_conv
 
 
@@ -62,3 +63,9 @@ def test_compiles_fullgraph() -> None:
 def test_errors_name_the_argument(shape: tuple[int, ...], weight: tuple[int, ...], bias: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         unshuffle_conv(torch.zeros(shape), torch.zeros(weight), torch.zeros(bias), 2)
+
+
+def test_cudnn_says_why_it_cannot_run() -> None:
+    weight, bias = parameters(1, 5, 2)
+    with pytest.raises(BackendError, match="tensors are on cpu; cuDNN runs on CUDA devices"):
+        unshuffle_conv(torch.zeros(1, 4, 4, 1).double(), weight, bias, 2, backend="cudnn")
