@@ -1,6 +1,7 @@
 """Record what `make test-gpu` ran: `python -m benchmarks.gpu_tests REPORT.xml... ` (pytest's JUnit files).
 
-Writes `benchmarks/results/tests/<gpu>.csv`: one line a test file with counts, GPU, versions, commit and date.
+Writes `benchmarks/results/tests/<gpu>.csv`: one line a test file with counts, GPU, versions, commit and date. A file
+that was not run this time keeps the line of its last run.
 """
 
 from __future__ import annotations
@@ -36,11 +37,17 @@ def main(arguments: list[str]) -> int:
     where = environment()
     path = results_folder() / "tests" / f"{where['gpu'].lower().replace(' ', '-')}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
+    lines: dict[str, list[str]] = {}
+    if path.exists():
+        with open(path, newline="") as file:
+            lines = {line[0]: line for line in list(csv.reader(file))[1:]}
+    for name, line in found.items():
+        values = [name, *(line[o] for o in OUTCOMES), line["milliseconds"] / 1000, *where.values()]
+        lines[name] = [str(value) for value in values]
     with open(path, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["file", *OUTCOMES, "seconds", *where])
-        for name, line in sorted(found.items()):
-            writer.writerow([name, *(line[o] for o in OUTCOMES), line["milliseconds"] / 1000, *where.values()])
+        writer.writerows(line for _, line in sorted(lines.items()))
     total = Counter[str]()
     for line in found.values():
         total.update(line)

@@ -259,7 +259,8 @@ class Session:
     def __init__(self, case: Case) -> None:
         self.case = case
         # A float32 product that the model leaves in its tokenizers and heads may use TF32, as upstream allows.
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        # Without a GPU plain PyTorch would not round to TF32, and a kernel's rounding would look like an error.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.cuda.is_available()
         # A peer's convolution gets cuDNN's best algorithm; a model runs as PyTorch does by default.
         torch.backends.cudnn.benchmark = case.suite == "op"
 

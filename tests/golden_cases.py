@@ -26,11 +26,12 @@ def load_outputs(name: str) -> dict[str, Tensor]:
         return {key: torch.from_numpy(file[key]) for key in file.files}
 
 
-def golden_weights(model: nn.Module) -> None:
-    """Fill parameters by their names, the same in any implementation."""
+def golden_weights(model: nn.Module, generator: torch.Generator | None = None) -> None:
+    """Fill parameters by their names, the same in any implementation; or by the same rule from another generator."""
     with torch.no_grad():
         for name, p in model.named_parameters():
-            r = torch.randn(p.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+            source = generator or torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            r = torch.randn(p.shape, generator=source, device=source.device)
             last = name.rsplit(".", 1)[-1]
             if last == "gamma":
                 value = 0.5 + 0.1 * r

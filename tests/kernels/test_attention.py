@@ -74,7 +74,8 @@ def check(qkv: Tensor, segments: Segments, deterministic: bool = False, with_lse
     assert not out[uncovered].any() and not lse[:, uncovered].any() and not grad[uncovered].any()
     if qkv.dtype == torch.float32 and GPU:
         # With one or two keys dq and dk are differences of nearly equal numbers: noise, unless seen beside dv.
-        assert_within_budget(grad, oracle_grad, baseline_grad, factor=FLOAT32_FACTOR, name="gradient")
+        # The error of a probability enters twice: as a factor of its own gradient, and in dv.
+        assert_within_budget(grad, oracle_grad, baseline_grad, factor=FLOAT32_FACTOR + 1, name="gradient")
         return
     for i, name in enumerate(("dq", "dk", "dv")):
         assert_within_budget(grad[:, i], oracle_grad[:, i], baseline_grad[:, i], name=name)

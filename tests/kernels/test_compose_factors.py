@@ -91,7 +91,10 @@ def check(inputs: list[Tensor], used: list[str] = DIFFERENTIABLE) -> None:
             assert grad is None or not grad.any(), name
             continue
         assert grad is not None and plain_grad is not None and grad.dtype == tensor.dtype
-        testing.assert_within_budget(grad, oracle_grad, plain_grad, name=f"grad of {name}")
+        # A handful of numbers that are sums over all pixels: plain PyTorch errs by 0.6e-7 to 7.5e-7 there, by the luck
+        # of the inputs (kernels/notes/compose_factors.md).
+        floor = 2e-7 if grad.numel() < 16 else 0.0
+        testing.assert_within_budget(grad, oracle_grad, plain_grad, name=f"grad of {name}", floor=floor)
 
 
 @pytest.fixture(params=["strided", "tiled"])
