@@ -21,6 +21,9 @@ __all__ = ["Segments", "attention", "attention_scale"]
 HEAD_DIMS = (32, 48, 64, 80, 96, 128)
 """Head dims of the Triton kernels; the other backends take more."""
 
+CUDNN_TRAINS_FROM = 16_384
+"""Segment length from which on automatic choice trains with cuDNN: measured at 7,105 (Triton) and 36,409 (cuDNN)."""
+
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -239,7 +242,8 @@ def attention(
     if scale is None:
         scale = attention_scale(qkv.shape[3], segments.length)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    # Measured on an H200 (kernels/notes/attention.md): Triton's forward is the fastest, cuDNN's backward is.
+    # Measured on an H200 (benchmarks/results): Triton is the fastest, but for the backward of very long segments, where
+    # forward and backward together are 5 % faster in cuDNN.
     trained = torch.is_grad_enabled() and qkv.requires_grad
     name = backends.select(
         "attention",
@@ -248,7 +252,7 @@ def attention(
         segments=segments,
         deterministic=deterministic,
         return_lse=return_lse,
-        first="cudnn" if trained and qkv.is_cuda else None,
+        first="cudnn" if trained and qkv.is_cuda and segments.length >= CUDNN_TRAINS_FROM else None,
     )
     if name == "eager":
         return reference_attention(qkv, segments, scale, return_lse)
