@@ -10,7 +10,7 @@ import numpy.typing as npt
 from ..reconstruction import FloatArray, Reconstruction
 from .atomic import atomic_path
 from .colors import srgb_to_linear, time_colors
-from .errors import require_viz
+from .errors import MediaError, require_viz
 from .points import gather_points
 
 # glTF is y up, and its viewers look along -z: turning OpenCV axes (y down, z forward) by 180 degrees about x puts the
@@ -43,7 +43,7 @@ def save_glb(
 
     Raises:
         ImportError: trimesh is not installed.
-        MediaError: the file cannot be written.
+        MediaError: the file cannot be written, or there is neither a point nor a camera to write.
     """
     trimesh = require_viz("trimesh")
     points, colors = gather_points(reconstruction, max_points=max_points, min_confidence=min_confidence, seed=seed)
@@ -62,6 +62,11 @@ def save_glb(
         )
         name = f"camera_{view:04d}"
         scene.add_geometry(mesh, node_name=name, geom_name=name)
+    if not scene.geometry:
+        raise MediaError(
+            f"{path}: nothing to write: every point is masked or below min_confidence, and no camera has positive focal "
+            "lengths and finite numbers; write .npz to look at the raw factors"
+        )
     with atomic_path(path) as temporary:
         temporary.write_bytes(scene.export(file_type="glb"))
 

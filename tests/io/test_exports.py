@@ -128,6 +128,17 @@ def test_glb_opened_by_pygltflib(tmp_path: Path, make_reconstruction: Make) -> N
         assert vertices[:, 2].max() < 0.05 * size, "cameras look along -z"
 
 
+def test_glb_without_a_point_or_a_camera_is_an_error(tmp_path: Path, make_reconstruction: Make) -> None:
+    r = make_reconstruction()
+    assert r.mask is not None and r.intrinsics is not None
+    r.mask[:] = False
+    r.intrinsics[:, 0, 0] *= -1
+    (tmp_path / "x.glb").write_bytes(b"earlier result")
+    with pytest.warns(RuntimeWarning, match="no valid points"), pytest.raises(io.MediaError, match="nothing to write"):
+        io.save(r, tmp_path / "x.glb")
+    assert (tmp_path / "x.glb").read_bytes() == b"earlier result"
+
+
 def test_frustum_corners(make_reconstruction: Make) -> None:
     r = make_reconstruction()
     corners = frustum_corners(r, 1, 2.0)
