@@ -64,8 +64,8 @@ def save_glb(
         scene.add_geometry(mesh, node_name=name, geom_name=name)
     if not scene.geometry:
         raise MediaError(
-            f"{path}: nothing to write: every point is masked or below min_confidence, and no camera has finite numbers "
-            "and positive focal lengths; write .npz to look at the raw factors"
+            f"{path}: nothing to write: every point is masked or below min_confidence, and no camera has finite "
+            "numbers and positive focal lengths; write .npz to look at the raw factors"
         )
     with atomic_path(path) as temporary:
         temporary.write_bytes(scene.export(file_type="glb"))
