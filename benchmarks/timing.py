@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 FLUSH_BYTES = 256 << 20  # several times the 60 MB of L2 on Hopper
-HEAD_START_CYCLES = 500_000  # about 0.3 ms: more than an op's launches take, so that the queue never runs dry
+# About 1 ms: more than an op's launches take, so that the queue never runs dry. With a quarter of it the medians of
+# some autograd calls were the host's: their 20th and 80th percentiles lay a factor of two and more apart.
+HEAD_START_CYCLES = 2_000_000
 WARMUP_SECONDS, TIMED_SECONDS, MIN_RUNS, MAX_RUNS = 0.05, 0.2, 7, 200
 
 Function = Callable[[], Any]
