@@ -136,16 +136,23 @@ def triton_reasons(*tensors: Tensor | None) -> list[str]:
         return [missing]
     if interpreting():
         return []
-    why_not = []
-    for tensor in tensors:
-        if tensor is not None and not tensor.is_cuda:
-            return [f"tensors are on {tensor.device.type}; Triton kernels run on CUDA devices"]
+    why_not = not_on_cuda("Triton kernels run", *tensors)
+    if why_not:
+        return why_not
     first = next((t for t in tensors if t is not None), None)
     if first is not None:
         why_not += too_old(first)
     if len({t.device for t in tensors if t is not None}) > 1:
         why_not.append("tensors are on several devices")
     return why_not
+
+
+def not_on_cuda(runner: str, *tensors: Tensor | None) -> list[str]:
+    """The reason why `runner` ("cuDNN runs") cannot take tensors that are not on a CUDA device, if there is one."""
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_cuda:
+            return [f"tensors are on {tensor.device.type}; {runner} on CUDA devices"]
+    return []
 
 
 def too_old(tensor: Tensor) -> list[str]:

@@ -72,14 +72,6 @@ def resize_intrinsics(intrinsics: Tensor, old_hw: tuple[int, int], new_hw: tuple
     return out
 
 
-def crop_intrinsics(intrinsics: Tensor, top: int, left: int) -> Tensor:
-    """Intrinsics after cutting `top` rows and `left` columns off an image, [..., 3, 3] pixels."""
-    out = intrinsics.clone()
-    out[..., 0, 2] -= left
-    out[..., 1, 2] -= top
-    return out
-
-
 def pose_to_quats_trans(pose: Tensor) -> tuple[Tensor, Tensor]:
     """Split [..., 4, 4] rigid poses into unit quaternions [..., 4] (x, y, z, w >= 0) and translations [..., 3]."""
     quats = roma.rotmat_to_unitquat(pose[..., :3, :3])

@@ -10,10 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LONG_SIDE_PATCHES = 37
-"""Patches along the long side of the sizes that the released model was trained at (518 pixels of 14)."""
-
-# (rows, columns) in patches: the aspect ratios 1:1, 4:3, 3:2, 16:9, 2:1 and 3.2:1, and the upright ones but the last.
+# (rows, columns) in patches of the sizes that the released model was trained at (37 are 518 pixels): the aspect ratios
+# 1:1, 4:3, 3:2, 16:9, 2:1 and 3.2:1, and the upright ones but the last.
 _TRAINED_SIZES = (
     (37, 37), (28, 37), (24, 37), (21, 37), (18, 37), (12, 37), (37, 28), (37, 24), (37, 21), (37, 18),
 )  # fmt: skip

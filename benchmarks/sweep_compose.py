@@ -27,7 +27,7 @@ from torch import Tensor
 from any4d_fast.geometry import quats_trans_to_pose
 from any4d_fast.reference.compose_factors import compose_factors as compose_reference
 from any4d_fast.reference.unproject import unproject as unproject_reference
-from any4d_fast.testing import ROUNDING
+from any4d_fast.testing import ROUNDING, relative_error
 
 DEVICE = "cuda"
 HEIGHT, WIDTH, CHECKED_VIEWS = 336, 518, 3
@@ -86,11 +86,6 @@ def time_ms(functions: list[Function]) -> tuple[float, float, float]:
     times.sort()
     median, p20, p80 = (times[int(q * (len(times) - 1))] for q in (0.5, 0.2, 0.8))
     return median, p20, p80
-
-
-def relative_error(actual: Tensor, oracle: Tensor) -> float:
-    """||actual - oracle|| / ||oracle||, computed where the tensors are; the maps are too large to fetch each time."""
-    return ((actual.double() - oracle).norm() / oracle.norm()).item()
 
 
 def copy_tbps() -> float:

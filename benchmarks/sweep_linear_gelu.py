@@ -22,7 +22,8 @@ from torch import Tensor
 
 from any4d_fast import testing
 from any4d_fast.reference.linear_gelu import linear_gelu, linear_residual
-from benchmarks.sweep_norms import relative_error, shown
+from any4d_fast.testing import relative_error
+from benchmarks.sweep_norms import shown
 from benchmarks.timing import copy_tbps, matmul_tflops, time_ms
 
 ROWS = 36409

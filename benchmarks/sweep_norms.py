@@ -71,11 +71,6 @@ class Problem:
     compiled: Callable[[], Any] | None
 
 
-def relative_error(found: Tensor, exact: Tensor) -> float:
-    """As `testing.relative_error`, without leaving the device."""
-    return ((found.double() - exact).norm() / exact.norm()).item()
-
-
 def _compiled_backward(function: Callable[..., Any], leaves: list[Tensor], grads: Any) -> Callable[[], Any]:
     outputs = torch.compile(function, dynamic=False)(*leaves)
     return lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
@@ -170,7 +165,9 @@ def residual_norm_problems(channels: int, peers: bool) -> list[Problem]:
 def sweep(problem: Problem) -> list[dict[str, Any]]:
     """Every layout that is within its budget, timed; and the peers."""
     eager = problem.eager()
-    budgets = [2 * relative_error(e, o) + testing.ROUNDING[e.dtype] for e, o in zip(eager, problem.oracle, strict=True)]
+    budgets = [
+        2 * testing.relative_error(e, o) + testing.ROUNDING[e.dtype] for e, o in zip(eager, problem.oracle, strict=True)
+    ]
     lines = []
 
     def add(layout: str, function: Callable[[], Any], error: float | str = "") -> None:
@@ -188,7 +185,7 @@ def sweep(problem: Problem) -> list[dict[str, Any]]:
         except Exception as error:  # a layout that does not fit the machine is a result, not a failure
             print(f"{problem.name} {name}: {type(error).__name__}: {str(error)[:100]}", flush=True)
             continue
-        errors = [relative_error(f, o) for f, o in zip(found, problem.oracle, strict=True)]
+        errors = [testing.relative_error(f, o) for f, o in zip(found, problem.oracle, strict=True)]
         if all(e <= b for e, b in zip(errors, budgets, strict=True)):
             add(name, lambda tile=tile: problem.run(tile), f"{max(errors):.1e}")
         else:

@@ -37,7 +37,7 @@ class VisionTransformer(nn.Module):
         self.patch_size = config.patch_size
         self.num_heads = heads
         self.gradient_checkpointing = config.gradient_checkpointing
-        # DINOv2 trained its register variants with antialiased resizing and no offset, the others with neither.
+        # DINOv2 resizes for its register variants with antialiasing and no offset, for the others the other way round.
         self.pos_offset = 0.0 if config.with_registers else 0.1
         self.pos_antialias = config.with_registers
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))

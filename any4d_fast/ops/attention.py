@@ -119,8 +119,9 @@ def _triton_reasons(qkv: Tensor, **request: Any) -> list[str]:
 
 def _sdpa_reasons(name: str, max_head_dim: int) -> Callable[..., list[str]]:
     def reasons(qkv: Tensor, *, segments: Segments, deterministic: bool, return_lse: bool) -> list[str]:
-        if not qkv.is_cuda:
-            return [f"tensors are on {qkv.device.type}; {name} runs on CUDA devices"]
+        elsewhere = backends.not_on_cuda(f"{name} runs", qkv)
+        if elsewhere:
+            return elsewhere
         why_not = backends.too_old(qkv)
         if name == "cudnn" and not torch.backends.cudnn.is_available():
             why_not.append("this PyTorch has no cuDNN")

@@ -189,9 +189,7 @@ def _triton_reasons(x: Tensor, *others: Tensor | None) -> list[str]:
 
 
 def _cublas_reasons(x: Tensor, *others: Tensor | None) -> list[str]:
-    if not x.is_cuda:
-        return [f"tensors are on {x.device.type}; cuBLAS runs on CUDA devices"]
-    return []
+    return backends.not_on_cuda("cuBLAS runs", x)
 
 
 backends.register("linear_gelu", triton=_triton_reasons, cublas=_cublas_reasons)

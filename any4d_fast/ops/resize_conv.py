@@ -132,8 +132,7 @@ def _triton_reasons(
 def _cudnn_reasons(
     x: Tensor, size: tuple[int, int], weight3: Tensor, bias3: Tensor, weight1: Tensor, bias1: Tensor
 ) -> list[str]:
-    tensors = (t for t in (x, weight3, bias3, weight1, bias1) if not t.is_cuda)
-    return [f"tensors are on {t.device.type}; cuDNN runs on CUDA devices" for t in tensors][:1]
+    return backends.not_on_cuda("cuDNN runs", x, weight3, bias3, weight1, bias1)
 
 
 backends.register("resize_conv", triton=_triton_reasons, cudnn=_cudnn_reasons)

@@ -106,8 +106,7 @@ def _triton_reasons(x: Tensor, weight: Tensor, bias: Tensor | None) -> list[str]
 
 
 def _cudnn_reasons(x: Tensor, weight: Tensor, bias: Tensor | None) -> list[str]:
-    tensors = (t for t in (x, weight, bias) if t is not None and not t.is_cuda)
-    return [f"tensors are on {t.device.type}; cuDNN runs on CUDA devices" for t in tensors][:1]
+    return backends.not_on_cuda("cuDNN runs", x, weight, bias)
 
 
 # Measured on an H200 (kernels/notes/tokenize.md): cuDNN on an unshuffled copy is faster.
