@@ -4,12 +4,16 @@
 PYTHON ?= python3
 TORCH ?= 2.13.0
 PYTEST_ARGS ?=
+SANITIZE_ARGS ?=
 
 # The Triton of the CPU tests, beside whichever torch: register and spill counts are asserted for this version.
 TRITON := 3.6.0
 # Upstream's modules, compared with ours. Their requirements (torchvision, gradio, ...) are not needed for that.
 ORACLES := uniception==0.1.7 depth-anything-v2==0.1.0
 ORACLE_NEEDS := einops==0.8.2 jaxtyping>=0.3,<0.4 wadler_lindig>=0.1.6,<0.2
+
+# What the package registry has of CUDA 12.8; 13.0's compiler is the extra `nvcc`.
+CUDA_12_8 := nvidia-cuda-nvcc-cu12==12.8.93 nvidia-cuda-runtime-cu12==12.8.90 nvidia-cuda-cccl-cu12==12.8.90
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -18,6 +22,8 @@ SHELL := /bin/bash
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Only the stage that interprets kernels may have it.
 unexport TRITON_INTERPRET
+# The machine's CUDA toolkit must not change what `make test` finds: it compiles with the one in its environment.
+TOOLKIT_OF_PIP := env -u CUDA_HOME -u CUDA_PATH -u ANY4D_FAST_BUILD_CUDA -u ANY4D_FAST_CUDA_ARCHS
 
 KEY := $(shell { cat pyproject.toml setup.py Makefile; echo $(TORCH); $(PYTHON) -VV; } 2>/dev/null | cksum | cut -d ' ' -f 1)
 TEST_VENV := .venv-test
@@ -56,32 +62,41 @@ define pytest_marked
 if grep -rqw --include='*.py' 'mark[.]$(1)' tests; then $(call pytest,$(1),$(2)); else echo "no test is marked $(1)"; fi
 endef
 
-.PHONY: help install test test-gpu bench plots lint format demo clean
+.PHONY: help install test test-gpu sanitize build-matrix bench plots lint format demo clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 
 install: ## install the package, editable, with everything for development, in the environment of PYTHON
 	$(PYTHON) -m pip install -e ".[dev,viz]"
 
 test: $(TEST_READY) ## linters, types and every test that needs no GPU, in .venv-test
-	$(call stage,1/6 ruff check)
+	$(call stage,1/7 ruff check)
 	$(TEST_BIN)/ruff check .
-	$(call stage,2/6 ruff format --check)
+	$(call stage,2/7 ruff format --check)
 	$(TEST_BIN)/ruff format --check .
-	$(call stage,3/6 mypy)
+	$(call stage,3/7 mypy)
 	$(TEST_BIN)/mypy
-	$(call stage,4/6 pytest: CPU)
-	@$(call pytest,not gpu and not interpret and not aot)
-	$(call stage,5/6 pytest: Triton kernels in the interpreter)
+	$(call stage,4/7 pytest: CPU)
+	@$(call pytest,not gpu and not interpret and not aot and not nvcc)
+	$(call stage,5/7 pytest: Triton kernels in the interpreter)
 	@$(call pytest_marked,interpret,TRITON_INTERPRET=1)
-	$(call stage,6/6 pytest: Triton kernels compiled ahead of time)
+	$(call stage,6/7 pytest: Triton kernels compiled ahead of time)
 	@$(call pytest_marked,aot)
+	$(call stage,7/7 pytest: CUDA sources compiled for every architecture)
+	@$(call pytest_marked,nvcc,$(TOOLKIT_OF_PIP))
 	$(call stage,all stages passed)
 
 test-gpu: ## the tests that need a GPU, in the environment of PYTHON; the outcome goes to benchmarks/results/tests
 	status=0; $(PYTHON) -m pytest -m gpu -ra --junitxml=test-gpu.xml $(PYTEST_ARGS) || status=$$?; \
 	$(PYTHON) -m benchmarks.gpu_tests test-gpu.xml; exit $$status
+
+sanitize: ## compute-sanitizer over every CUDA kernel (SANITIZE_ARGS="--tool memcheck"), in the environment of PYTHON
+	$(PYTHON) -m tests.sanitize $(SANITIZE_ARGS)
+
+build-matrix: $(TEST_READY) ## compile csrc/ for every architecture with another toolkit: CUDA_HOME=/path/to/cuda-12.8
+	@[ -x "$(CUDA_HOME)/bin/nvcc" ] || { echo "error: pass make CUDA_HOME=/path/to/a/toolkit (got '$(CUDA_HOME)')" >&2; exit 1; }
+	CUDA_HOME="$(CUDA_HOME)" $(TEST_BIN)/pytest tests/csrc/test_compile.py -k "not cuda_12_8" $(PYTEST_ARGS)
 
 bench: ## check and time every operator and the model on this GPU, in the environment of PYTHON
 	$(PYTHON) -m pytest benchmarks --benchmark-only $(PYTEST_ARGS)
@@ -104,7 +119,8 @@ demo: $(DEMO_READY) ## reconstruct a synthetic clip into demo_out/, in .venv-dem
 $(TEST_READY):
 	$(call stage,set-up: $(TEST_VENV) with torch $(TORCH))
 	$(call create_venv,$(TEST_VENV))
-	$(TEST_BIN)/python -m pip install --quiet "torch==$(TORCH)" -e ".[dev,viz]"
+	ANY4D_FAST_BUILD_CUDA=0 $(TEST_BIN)/python -m pip install --quiet "torch==$(TORCH)" -e ".[dev,nvcc,viz]"
+	$(TEST_BIN)/python -m pip install --quiet --no-deps $(CUDA_12_8)
 	$(TEST_BIN)/python -m pip install --quiet --no-deps "triton==$(TRITON)" $(foreach need,$(ORACLE_NEEDS),"$(need)")
 	$(TEST_BIN)/python -m pip install --quiet --no-deps --ignore-requires-python $(ORACLES)
 	@touch $@
@@ -112,10 +128,10 @@ $(TEST_READY):
 $(DEMO_READY):
 	$(call stage,set-up: $(DEMO_VENV) with torch $(TORCH))
 	$(call create_venv,$(DEMO_VENV))
-	$(DEMO_VENV)/bin/python -m pip install --quiet "torch==$(TORCH)" -e ".[viz]"
+	ANY4D_FAST_BUILD_CUDA=0 $(DEMO_VENV)/bin/python -m pip install --quiet "torch==$(TORCH)" -e ".[viz]"
 	@touch $@
 
 clean: ## delete the environments, caches and build outputs
 	rm -rf $(TEST_VENV) $(DEMO_VENV) build dist any4d_fast.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	rm -rf .benchmarks test-gpu.xml
+	rm -rf .benchmarks test-gpu.xml any4d_fast/_C.*so
 	find any4d_fast kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

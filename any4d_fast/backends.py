@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -67,14 +69,19 @@ def _requested(op: str, backend: str | None) -> tuple[str | None, bool]:
     return (None if name in ("auto", "") else name), False
 
 
-def select(op: str, backend: str | None, *args: Any, first: str | None = None, **kwargs: Any) -> str:
+def in_force() -> str | None:
+    """The backend that `use_backend` or ANY4D_FAST_BACKEND asks of every op; None: each chooses for itself."""
+    return _requested("", None)[0]
+
+
+def select(op: str, backend: str | None, *args: Any, first: Sequence[str] = (), **kwargs: Any) -> str:
     """Name of the backend that runs this call.
 
     Args:
         op: registered op name.
         backend: what the caller asked for; None means `use_backend`, then ANY4D_FAST_BACKEND, then automatic.
         *args, **kwargs: handed to the reasons functions.
-        first: backend that automatic choice tries before the registered order, where measurement depends on the call.
+        first: backends that automatic choice tries before the registered order, where measurement depends on the call.
 
     Raises:
         BackendError: the backend asked for cannot run the call, or the op does not have it.
@@ -91,7 +98,7 @@ def select(op: str, backend: str | None, *args: Any, first: str | None = None, *
             return name
         if strict:
             raise BackendError(f"{op}: backend: expected one of {registered(op)} or 'auto', got {name!r}")
-    order = list(table) if first is None else [first, *(name for name in table if name != first)]
+    order = [*first, *(name for name in table if name not in first)]
     for candidate in order:
         if candidate == EAGER:
             return EAGER
@@ -102,6 +109,20 @@ def select(op: str, backend: str | None, *args: Any, first: str | None = None, *
     return EAGER
 
 
+def select_backward(op: str, backend: str | None, forward: str, faster: str, *args: Any, **kwargs: Any) -> str:
+    """Name of the backend of a call's backward pass: the forward's, but `faster` where choice is automatic and it can.
+
+    Args:
+        op, backend, *args, **kwargs: as given to `select`.
+        forward: what `select` chose.
+        faster: the backend that measured faster in the backward pass.
+    """
+    automatic = _requested(op, backend)[0] is None or _requested(op, backend)[0] not in _REGISTRY[op]
+    if forward == EAGER or not automatic or _REGISTRY[op][faster](*args, **kwargs):
+        return forward
+    return faster
+
+
 def _log_once(op: str, backend: str, why_not: list[str]) -> None:
     if torch.compiler.is_compiling():
         return
@@ -110,13 +131,39 @@ def _log_once(op: str, backend: str, why_not: list[str]) -> None:
         logger.info("%s: backend %s not used: %s", op, backend, "; ".join(why_not))
 
 
-# Both are looked up once, here: `torch.compile` traces through `select` and cannot trace the look-ups.
+# All are looked up once, here: `torch.compile` traces through `select` and cannot trace the look-ups.
 _INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _TRITON_MISSING = (
     "the package triton is not installed (it comes with PyTorch's CUDA wheels)"
     if importlib.util.find_spec("triton") is None
     else None
 )
+
+
+def package_missing(distribution: str, first: tuple[int, int], before: tuple[int, int]) -> str | None:
+    """Why an optional package cannot be used, by its metadata (nothing is imported), or None.
+
+    Args:
+        distribution: its name for pip.
+        first, before: (major, minor) of the first version that will do, and of the first that is not known to.
+    """
+    try:
+        version = importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return f"the package {distribution} is not installed"
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is None or not first <= (int(numbers[1]), int(numbers[2])) < before:
+        expected = f"{first[0]}.{first[1]} or later, before {before[0]}.{before[1]}"
+        return f"{distribution} {version} is installed, and {expected} is expected"
+    return None
+
+
+PACKAGES = {
+    # 2.5 is the first series whose backward takes `deterministic` everywhere.
+    "flash_attn": package_missing("flash-attn", (2, 5), (3, 0)),
+    "flash_attn_4": package_missing("flash-attn-4", (4, 0), (5, 0)),
+}
+"""Backends that are packages of their own, and why each cannot be used, or None; looked up once as well."""
 
 
 def interpreting() -> bool:
@@ -147,6 +194,53 @@ def triton_reasons(*tensors: Tensor | None) -> list[str]:
     return why_not
 
 
+def cuda_reasons(
+    *tensors: Tensor | None, minimum: tuple[int, int] = (8, 0), architecture: str | None = None
+) -> list[str]:
+    """What every kernel of csrc/ needs of its tensors: one CUDA device, and an extension built for it.
+
+    Args:
+        *tensors: the call's tensors.
+        minimum: oldest compute capability that the kernel runs on.
+        architecture: the only one that the kernel exists for, such as "90a"; by default all.
+    """
+    why_not = not_on_cuda("CUDA kernels run", *tensors)
+    if why_not:
+        return why_not
+    first = next((t for t in tensors if t is not None), None)
+    if len({t.device for t in tensors if t is not None}) > 1:
+        return ["tensors are on several devices"]
+    why_no_code = _no_code_for(-1 if first is None else first.device.index or 0, minimum, architecture)
+    return [] if why_no_code is None else [why_no_code]
+
+
+@torch.compiler.assume_constant_result
+def _no_code_for(index: int, minimum: tuple[int, int], architecture: str | None) -> str | None:
+    """Why the extension has no code for a device: for `torch.compile`, which cannot trace the look-up, a constant."""
+    return _look_up_code_for(index, minimum, architecture)
+
+
+@functools.cache
+def _look_up_code_for(index: int, minimum: tuple[int, int], architecture: str | None) -> str | None:
+    from . import _build, _ext
+
+    own = capability(index) if index >= 0 else None
+    if own is not None and own < minimum:
+        return f"compute capability {own[0]}.{own[1]} is older than {minimum[0]}.{minimum[1]}"
+    if own is not None and architecture not in (None, _build.architecture_for(own)):
+        return f"the kernel is for sm_{architecture} only, and this GPU's compute capability is {own[0]}.{own[1]}"
+    missing = _ext.missing()
+    if missing:
+        return f"the CUDA extension is missing: {missing}"
+    built = _ext.module().architectures().split(",")
+    if own is not None and _build.architecture_for(own, built) is None:
+        return (
+            f"the CUDA extension was built for {', '.join(f'sm_{name}' for name in built)}, and this GPU's compute "
+            f"capability is {own[0]}.{own[1]}; set ANY4D_FAST_CUDA_ARCHS and install the package again"
+        )
+    return None
+
+
 def not_on_cuda(runner: str, *tensors: Tensor | None) -> list[str]:
     """The reason why `runner` ("cuDNN runs") cannot take tensors that are not on a CUDA device, if there is one."""
     for tensor in tensors:
@@ -172,13 +266,20 @@ def capability(index: int) -> tuple[int, int]:
 
 
 def describe() -> list[tuple[str, bool, str]]:
-    """(backend, available, reason) for every kind of backend on this machine."""
+    """(backend, available, reason) for every kind of backend on this machine; builds nothing."""
+    from . import _ext
+
     missing = triton_missing()
     no_gpu = None if torch.cuda.is_available() else "no CUDA device is visible to PyTorch"
+    cuda_ready, cuda_what = _ext.status()
+    if cuda_ready and no_gpu:
+        cuda_ready, cuda_what = False, f"{no_gpu} ({cuda_what})"
     triton_why = missing or (None if interpreting() else no_gpu)
     return [
         ("eager", True, "plain PyTorch, any device"),
         ("triton", triton_why is None, triton_why or ("CPU interpreter" if interpreting() else "ready")),
+        ("cuda", cuda_ready, cuda_what),
         ("cudnn", no_gpu is None, no_gpu or "PyTorch's attention and convolutions"),
         ("flash", no_gpu is None, no_gpu or "through PyTorch's scaled_dot_product_attention"),
+        *((name, (why := absent or no_gpu) is None, why or "installed") for name, absent in PACKAGES.items()),
     ]

@@ -7,17 +7,35 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
-import shutil
-import subprocess
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import any4d_fast
+from any4d_fast import _toolkit
 
-PACKAGES = ("torch", "triton", "numpy", "safetensors", "huggingface_hub", "av", "pillow", "rerun-sdk", "trimesh")
-VARIABLES = ("ANY4D_FAST_BACKEND", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "CUDA_HOME")
+PACKAGES = (
+    "torch",
+    "triton",
+    "flash-attn",
+    "flash-attn-4",
+    "numpy",
+    "safetensors",
+    "huggingface_hub",
+    "av",
+    "pillow",
+    "rerun-sdk",
+    "trimesh",
+)
+VARIABLES = (
+    "ANY4D_FAST_BACKEND",
+    "ANY4D_FAST_CUDA_GRAPHS",
+    "ANY4D_FAST_BUILD_CUDA",
+    "ANY4D_FAST_CACHE",
+    "TRITON_INTERPRET",
+    "CUDA_VISIBLE_DEVICES",
+    "CUDA_HOME",
+    "CUDA_PATH",
+)
 NOT_INSTALLED = "not installed"
 _GIB = 2.0**30
 
@@ -31,7 +49,7 @@ def collect() -> dict[str, Any]:
         `any4d_fast`, `python`, `platform`: str.
         `packages`: name -> version or "not installed".
         `cuda`: `available` (bool), `runtime` and `cudnn` (the versions that torch was built with, str or None),
-            `nvcc` (release of the compiler found in CUDA_HOME or on PATH, str or None).
+            `nvcc` (version of the compiler that would build csrc/, str or None).
         `gpus`: one dict a device with `name`, `capability` (such as "9.0"), `memory_gib`, `multiprocessors`.
         `backends`: one dict a backend with `name`, `available` (bool), `reason` (why it is not available, or a remark).
         `environment`: the variables that change what runs -> value, those that are set.
@@ -81,16 +99,10 @@ def _cuda() -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def _nvcc_release() -> str | None:
-    home = os.environ.get("CUDA_HOME")
-    nvcc = shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
-    if nvcc is None:
-        return None
     try:
-        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
+        return _toolkit.nvcc_version(_toolkit.find_nvcc())
+    except _toolkit.BuildError:
         return None
-    match = re.search(r"\bV(\d+(?:\.\d+)+)", text)
-    return match[1] if match else None
 
 
 def _backends() -> list[dict[str, Any]]:

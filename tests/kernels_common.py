@@ -10,6 +10,8 @@ from any4d_fast import backends
 INTERPRETING = backends.interpreting()
 GPU = torch.cuda.is_available() and not INTERPRETING
 DEVICE = "cuda" if GPU else "cpu"
+KERNEL_BACKENDS = ["triton", "cuda"] if GPU else ["triton"]
+"""Backends with kernels of their own that can run here, for `parametrize`."""
 
 kernel_test = [
     pytest.mark.interpret,

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 
 NAMESPACE = "any4d_fast"
+
+_LAUNCHERS = {"triton": "any4d_fast.kernels", "cuda": "any4d_fast.cuda"}
 
 
 def define(name: str, schema: str, impl: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -25,3 +30,15 @@ def define(name: str, schema: str, impl: Callable[..., Any], fake: Callable[...,
     torch.library.register_fake(qualified, fake)
     packet: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), name).default
     return packet
+
+
+@functools.cache
+def launchers(op: str, backend: str) -> ModuleType:
+    """The module with an op's launchers: `any4d_fast.kernels.<op>` ("triton") or `any4d_fast.cuda.<op>` ("cuda").
+
+    Raises:
+        ValueError: no package of launchers belongs to `backend`.
+    """
+    if backend not in _LAUNCHERS:
+        raise ValueError(f"{op}: backend: expected one of {list(_LAUNCHERS)}, got {backend!r}")
+    return importlib.import_module(f"{_LAUNCHERS[backend]}.{op}")
