@@ -3,37 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from .. import backends
-from ..reference.attention import Segments, merge_segments, split_segments
+from ..reference.attention import Segments
 from ..reference.attention import attention as reference_attention
-from ._library import define
+from . import _attention_libraries
+from ._library import define, launchers
 
 __all__ = ["Segments", "attention", "attention_scale"]
 
 HEAD_DIMS = (32, 48, 64, 80, 96, 128)
 """Head dims of the Triton kernels; the other backends take more."""
 
-CUDNN_TRAINS_FROM = 16_384
-"""Segment length from which on automatic choice trains with cuDNN: measured at 7,105 (Triton) and 36,409 (cuDNN)."""
+LONG = 16_384
+"""Segment length from which on automatic choice differs. Measured at 7,105 and 36,409 rows: without the CUDA kernels
+the longer ones train faster in cuDNN than in Triton; only there do the CUDA kernels win a deterministic backward."""
 
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def _forward_impl(qkv: Tensor, segments: list[int], scale: float) -> tuple[Tensor, Tensor]:
-    from ..kernels import attention as kernels
+def _forward_impl(qkv: Tensor, segments: list[int], scale: float, backend: str) -> tuple[Tensor, Tensor]:
+    found: tuple[Tensor, Tensor] = launchers("attention", backend).forward(qkv, segments, scale)
+    return found
 
-    return kernels.forward(qkv, segments, scale)
 
-
-def _forward_fake(qkv: Tensor, segments: list[int], scale: float) -> tuple[Tensor, Tensor]:
+def _forward_fake(qkv: Tensor, segments: list[int], scale: float, backend: str) -> tuple[Tensor, Tensor]:
     rows, _, heads, head_dim = qkv.shape
     return qkv.new_empty((rows, heads, head_dim)), qkv.new_empty((heads, rows), dtype=torch.float32)
 
@@ -47,10 +46,11 @@ def _backward_impl(
     segments: list[int],
     scale: float,
     deterministic: bool,
+    backend: str,
 ) -> Tensor:
-    from ..kernels import attention_backward as kernels
-
-    return kernels.backward(grad_out, grad_lse, qkv, out, lse, segments, scale, deterministic)
+    kernels = launchers("attention_backward", backend)
+    found: Tensor = kernels.backward(grad_out, grad_lse, qkv, out, lse, segments, scale, deterministic)
+    return found
 
 
 def _backward_fake(grad_out: Tensor, grad_lse: Tensor | None, qkv: Tensor, *rest: Any) -> Tensor:
@@ -59,14 +59,14 @@ def _backward_fake(grad_out: Tensor, grad_lse: Tensor | None, qkv: Tensor, *rest
 
 _forward = define(
     "attention_forward",
-    "(Tensor qkv, SymInt[] segments, float scale) -> (Tensor, Tensor)",
+    "(Tensor qkv, SymInt[] segments, float scale, str backend) -> (Tensor, Tensor)",
     _forward_impl,
     _forward_fake,
 )
 _backward = define(
     "attention_backward",
     "(Tensor grad_out, Tensor? grad_lse, Tensor qkv, Tensor out, Tensor lse, SymInt[] segments, float scale, "
-    "bool deterministic) -> Tensor",
+    "bool deterministic, str backend) -> Tensor",
     _backward_impl,
     _backward_fake,
 )
@@ -74,38 +74,45 @@ _backward = define(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, scale: float, deterministic: bool, *segments: int) -> tuple[Tensor, Tensor]:
-        out, lse = _forward(qkv, list(segments), scale)
+    def forward(
+        ctx: Any, qkv: Tensor, scale: float, deterministic: bool, forward: str, backward: str, *segments: int
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = _forward(qkv, list(segments), scale, forward)
         ctx.save_for_backward(qkv, out, lse)
-        ctx.segments, ctx.scale, ctx.deterministic = segments, scale, deterministic
+        ctx.segments, ctx.scale, ctx.deterministic, ctx.backend = segments, scale, deterministic, backward
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * (2 + len(ctx.segments))
+        nothing = (None,) * (4 + len(ctx.segments))
         if not ctx.needs_input_grad[0] or (grad_out is None and grad_lse is None):
             return None, *nothing
         qkv, out, lse = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         segments = list(ctx.segments)
-        grad = _backward(grad_out, grad_lse, qkv, out, lse, segments, ctx.scale, ctx.deterministic)
+        settings = (segments, ctx.scale, ctx.deterministic, ctx.backend)
+        grad = _backward(grad_out, grad_lse, qkv, out, lse, *settings)
         return grad, *nothing
 
 
-def _sdpa(qkv: Tensor, segments: Segments, scale: float, name: str) -> Tensor:
-    """PyTorch's scaled_dot_product_attention, forced onto one library and differentiated natively."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+def _cuda_reasons(qkv: Tensor, **request: Any) -> list[str]:
+    why_not = backends.cuda_reasons(qkv, minimum=(9, 0), architecture="90a")
+    if why_not:
+        return why_not
+    if qkv.dtype not in (torch.bfloat16, torch.float16):
+        why_not.append(f"dtype {qkv.dtype} is not bfloat16 or float16")
+    if qkv.shape[3] != 64:
+        why_not.append(f"head_dim {qkv.shape[3]} is not 64")
+    if not torch.compiler.is_compiling() and not _copy_engine_reads(qkv):
+        why_not.append("addresses and strides are not multiples of 16 bytes")
+    return why_not
 
-    kernel = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}[name]
-    windows = split_segments(qkv, segments)  # [groups, count, length, 3, heads, head_dim]
-    q, k, v = windows.flatten(0, 1).permute(2, 0, 3, 1, 4).unbind(0)  # views where strides allow: no copy for batch 1
-    with sdpa_kernel(kernel):
-        found = F.scaled_dot_product_attention(q, k, v, scale=scale)
-    found = found.transpose(1, 2).unflatten(0, (segments.groups, segments.count))
-    return merge_segments(found, segments, qkv.shape[0])
+
+def _copy_engine_reads(qkv: Tensor) -> bool:
+    return qkv.data_ptr() % 16 == 0 and all(s * qkv.element_size() % 16 == 0 for s in qkv.stride()[:-1])
 
 
 def _triton_reasons(qkv: Tensor, **request: Any) -> list[str]:
@@ -117,34 +124,11 @@ def _triton_reasons(qkv: Tensor, **request: Any) -> list[str]:
     return why_not
 
 
-def _sdpa_reasons(name: str, max_head_dim: int) -> Callable[..., list[str]]:
-    def reasons(qkv: Tensor, *, segments: Segments, deterministic: bool, return_lse: bool) -> list[str]:
-        elsewhere = backends.not_on_cuda(f"{name} runs", qkv)
-        if elsewhere:
-            return elsewhere
-        why_not = backends.too_old(qkv)
-        if name == "cudnn" and not torch.backends.cudnn.is_available():
-            why_not.append("this PyTorch has no cuDNN")
-        if qkv.dtype not in (torch.bfloat16, torch.float16):
-            why_not.append(f"dtype {qkv.dtype} is not bfloat16 or float16")
-        if qkv.shape[3] % 8 or qkv.shape[3] > max_head_dim:
-            why_not.append(f"head_dim {qkv.shape[3]} is not a multiple of 8 up to {max_head_dim}")
-        if return_lse:
-            why_not.append("scaled_dot_product_attention does not return the log-sum-exp")
-        if deterministic:
-            why_not.append("only the triton backend promises a deterministic backward")
-        if segments.end == 0:
-            why_not.append("there is no row to attend")
-        return why_not
-
-    return reasons
-
-
 backends.register(
     "attention",
+    cuda=_cuda_reasons,
     triton=_triton_reasons,
-    cudnn=_sdpa_reasons("cudnn", 128),
-    flash=_sdpa_reasons("flash", 256),
+    **_attention_libraries.REASONS,
 )
 
 
@@ -225,10 +209,11 @@ def attention(
         segments: which rows attend to which. Rows in no segment are neither read nor attended to: their output,
             log-sum-exp and gradient are exactly zero.
         scale: factor on q k^T; head_dim**-0.5 by default. See `attention_scale`.
-        backend: "triton", "cudnn", "flash", "eager", or None for automatic choice.
-        deterministic: gradients bitwise equal from run to run. The Triton backward then recomputes the scores twice
-            (7 matrix products instead of 5; kernels/NOTES.md has the cost). `torch.use_deterministic_algorithms`
-            implies it. The forward is always deterministic.
+        backend: "cuda" (Hopper, head dim 64, 16 bit), "triton", "cudnn", "flash", "flash_attn", "flash_attn_4",
+            "eager", or None for automatic choice.
+        deterministic: gradients bitwise equal from run to run. The CUDA backward then adds the queries' gradients in
+            the order of the keys, at a third of its speed on short segments and two thirds on long ones; the Triton
+            backward always is. `torch.use_deterministic_algorithms` implies it. The forward is always deterministic.
         return_lse: also return the log-sum-exp of the scaled scores; it is differentiable.
 
     Returns:
@@ -243,8 +228,6 @@ def attention(
     if scale is None:
         scale = attention_scale(qkv.shape[3], segments.length)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    # Measured on an H200 (benchmarks/results): Triton is the fastest, but for the backward of very long segments, where
-    # forward and backward together are 5 % faster in cuDNN.
     trained = torch.is_grad_enabled() and qkv.requires_grad
     name = backends.select(
         "attention",
@@ -253,11 +236,13 @@ def attention(
         segments=segments,
         deterministic=deterministic,
         return_lse=return_lse,
-        first="cudnn" if trained and qkv.is_cuda and segments.length >= CUDNN_TRAINS_FROM else None,
+        first=("cuda", "cudnn") if trained and qkv.is_cuda and segments.length >= LONG else (),
     )
     if name == "eager":
         return reference_attention(qkv, segments, scale, return_lse)
-    if name != "triton":
-        return _sdpa(qkv, segments, scale, name)
-    out, lse = _Attention.apply(qkv, scale, deterministic, *segments.as_list())
+    if name not in ("triton", "cuda"):
+        return _attention_libraries.attention(qkv, segments, scale, name, deterministic)
+    ordered = "triton" if name == "cuda" and backend is None and segments.length < LONG else name
+    names = (name, ordered if deterministic else name)
+    out, lse = _Attention.apply(qkv, scale, deterministic, *names, *segments.as_list())
     return (out, lse) if return_lse else out
