@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -40,7 +41,10 @@ def case(sizes: Sizes, direction: str, dtype: torch.dtype) -> Case:
         direction,
         f"{sizes.image} {name} channels",
         inputs=inputs,
-        functions=providers(ops.compose_factors, reference),
+        functions={
+            **providers(ops.compose_factors, reference),
+            "any4d_fast:cuda": functools.partial(ops.compose_factors, backend="cuda"),
+        },
         exact=reference,
         bytes=views * sizes.pixels * bytes_per_pixel(direction, dtype.itemsize),
         views=views,

@@ -62,6 +62,7 @@ def case(sizes: Sizes, direction: str, dense: int, vectors: int) -> Case:
             "eager": call(ops.fuse_tokens, dense, backend="eager"),
             "compile": compiled(call(reference, dense)),
             "any4d_fast:triton": call(ops.fuse_tokens, dense, backend="triton"),
+            "any4d_fast:cuda": call(ops.fuse_tokens, dense, backend="cuda"),
         },
         exact=exact(dense),
         bytes=rows * CHANNELS * traffic(direction, dense),

@@ -51,7 +51,12 @@ def cases(sizes: Sizes = FULL) -> list[Case]:
             "fwd",
             f"{sizes.image} uint8",
             inputs=inputs,
-            functions={"eager": run("eager"), "compile": compiled(plain), "any4d_fast:triton": run("triton")},
+            functions={
+                "eager": run("eager"),
+                "compile": compiled(plain),
+                "any4d_fast:triton": run("triton"),
+                "any4d_fast:cuda": run("cuda"),
+            },
             oracle=exact,
             compare=lambda rows: [r[:CHECKED_VIEWS] for r in flat(rows)],
             flops=2 * views * tokens * (3 * PATCH**2) * CHANNELS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -12,9 +13,9 @@ from any4d_fast.reference.unproject import unproject as reference
 
 from .harness import FULL, Case, Sizes, op_case, providers, random
 
-BYTES = {"fwd": 4 + 12 + 12 + 12, "bwd": 4 + 12 + 12 + 4 + 12}
+BYTES = {"fwd": 4 + 12 + 12 + 12, "bwd": 4 + 12 + 12 + 4}
 """Per pixel, float32. Forward: depth and flow read, points and moved points written. Backward: depth and both incoming
-gradients read, gradients of depth and flow written."""
+gradients read, the gradient of depth written; the flow's is the moved points' incoming one, which need not move."""
 
 
 def case(sizes: Sizes, direction: str) -> Case:
@@ -35,7 +36,10 @@ def case(sizes: Sizes, direction: str) -> Case:
         direction,
         f"{sizes.image} with flow",
         inputs=inputs,
-        functions=providers(ops.unproject, reference),
+        functions={
+            **providers(ops.unproject, reference),
+            "any4d_fast:cuda": functools.partial(ops.unproject, backend="cuda"),
+        },
         exact=reference,
         bytes=views * sizes.pixels * BYTES[direction],
         views=views,

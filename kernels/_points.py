@@ -1,11 +1,9 @@
-"""What the kernels over point maps share: channel loads and stores, exp, quaternions, ordered sums, strides."""
+"""What the kernels over point maps share: channel loads and stores, exp, quaternions, ordered sums."""
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 EPS = tl.constexpr(1e-8)
 # Cody-Waite split of ln 2: n * LN2_HIGH is exact for |n| < 2^15.
@@ -152,29 +150,3 @@ def rotation(x, y, z, w):
         2 * (y * z + x * w),
         1 - 2 * (x * x + y * y),
     )
-
-
-def evenly_spaced(maps: Tensor) -> Tensor:
-    """The map itself if one stride walks its pixels in row-major order, else a contiguous copy."""
-    _, height, width, _ = maps.shape
-    _, down, across, _ = maps.stride()
-    return maps if height == 1 or width == 1 or down == width * across else maps.contiguous()
-
-
-def map_strides(maps: Tensor) -> tuple[int, int, int]:
-    """Row, pixel and channel strides of an evenly spaced map."""
-    row, down, across, channel = maps.stride()
-    return row, (across if maps.shape[2] > 1 else down), channel
-
-
-def packed(rows: Tensor) -> Tensor:
-    """Rows whose last dimension is contiguous."""
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
-
-
-def like_map(maps: Tensor) -> Tensor:
-    """An uninitialised gradient of the map's dtype: channels last if the map's are contiguous, else channels first."""
-    n, height, width, channels = maps.shape
-    if maps.stride(3) == 1:
-        return torch.empty((n, height, width, channels), dtype=maps.dtype, device=maps.device)
-    return torch.empty((n, channels, height, width), dtype=maps.dtype, device=maps.device).permute(0, 2, 3, 1)

@@ -13,18 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from any4d_fast.layout import evenly_spaced, like_map, map_strides, packed
+
 from ._compose_backward import SUMS, backward_kernel, finish_row_kernel, finish_scale_kernel, load_pixel, load_scale
-from ._points import (
-    evenly_spaced,
-    exp,
-    like_map,
-    load3,
-    load_unit_quaternion,
-    map_strides,
-    packed,
-    rotation,
-    store3,
-)
+from ._points import exp, load3, load_unit_quaternion, rotation, store3
 from .aot import AotCase
 
 

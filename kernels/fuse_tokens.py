@@ -40,7 +40,7 @@ def _plus(total, values_ptr, mask_ptr, offsets, n, valid, live):
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "batch", "sample_rows"])
 def fuse_tokens_kernel(
     image_ptr,  # [N, T, C] by strides, channels contiguous
     dense_0, dense_1, dense_2,  # [N, T, C] or None
@@ -125,7 +125,7 @@ def _store_masked(dx, out_ptr, mask_ptr, offset, n, inside):
         tl.store(out_ptr + offset, dx.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "chunks", "chunk"])
 def fuse_tokens_backward_kernel(
     grad_ptr,  # [B, V * T (+ 1), C] by strides, channels contiguous
     x_ptr,  # [N, T, C] by strides: the sum before LayerNorm, but for the vectors

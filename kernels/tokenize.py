@@ -147,7 +147,7 @@ def _extra_rows(acc, slot, col, pos_ptr, cls_ptr, register_ptr, channels, EXTRA:
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def tokenize_kernel(
     image_ptr,  # [N, 3, H, W] by strides
     weight_ptr,  # [C, 3 * PATCH * PATCH], depth in the order of _columns

@@ -15,7 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._points import evenly_spaced, load3, map_strides, store3, store_sums3, sum_column
+from any4d_fast.layout import evenly_spaced, map_strides, packed_matrices
+
+from ._points import load3, store3, store_sums3, sum_column
 from .aot import AotCase
 
 _SUMS = tl.constexpr(16)
@@ -214,12 +216,6 @@ def _finish_kernel(intrinsics, partials, out_intrinsics, out_poses, chunks, intr
     tl.store(out_intrinsics + 8, zero.to(out_intrinsics.dtype.element_ty))
 
 
-def _matrices(matrices: Tensor) -> Tensor:
-    """Matrices whose entries are contiguous; rows may be apart, or all the same."""
-    _, down, across = matrices.stride()
-    return matrices if (down, across) == (matrices.shape[2], 1) else matrices.contiguous()
-
-
 def forward(
     depth: Tensor, intrinsics: Tensor, poses: Tensor, flow: Tensor | None, config: Config | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -241,7 +237,7 @@ def forward(
     moved = torch.empty(points.shape if flow is not None else (0,), dtype=torch.float32, device=depth.device)
     if points.numel() == 0:
         return points, moved
-    depth, intrinsics, poses = evenly_spaced(depth[..., None]), _matrices(intrinsics), _matrices(poses)
+    depth, intrinsics, poses = evenly_spaced(depth[..., None]), packed_matrices(intrinsics), packed_matrices(poses)
     flow = None if flow is None else evenly_spaced(flow)
     blocks = triton.cdiv(height * width, config.block)
     flow_strides = (0, 0, 1) if flow is None else map_strides(flow)
@@ -286,7 +282,7 @@ def backward(
     if n == 0 or not (need_depth or need_cameras):
         return out_depth, out_intrinsics, out_poses
     grad_points, grad_moved = (None if g is None else g.contiguous() for g in (grad_points, grad_moved))
-    depth, intrinsics, poses = evenly_spaced(depth[..., None]), _matrices(intrinsics), _matrices(poses)
+    depth, intrinsics, poses = evenly_spaced(depth[..., None]), packed_matrices(intrinsics), packed_matrices(poses)
     chunks = max(1, triton.cdiv(height * width, config.block * config.iterations))
     partials = torch.empty((n, _SUMS.value, chunks), dtype=torch.float32, device=depth.device) if need_cameras else None
     _backward_kernel[(n * chunks,)](

@@ -38,7 +38,7 @@ def tiles(dtype: torch.dtype, index: int | None) -> Tiles:
     return TILES[min(max(major(index), 8), 10), dtype.itemsize]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def unshuffle_conv_kernel(
     x_ptr,  # [N, H, W, CIN], the last two dimensions contiguous
     weight_ptr,  # [COUT, 9, STEPS * BK], zeros past CIN * PATCH * PATCH

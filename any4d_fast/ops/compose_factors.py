@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from .. import backends
 from ..reference.compose_factors import Factors
 from ..reference.compose_factors import compose_factors as reference_compose_factors
-from ._library import define
+from ._library import define, launchers
 
 __all__ = ["Factors", "compose_factors"]
 
@@ -25,14 +25,13 @@ _COTANGENTS = (
 _MASK = Factors._fields.index("non_ambiguous_mask")
 
 
-def _forward_impl(*inputs: Tensor) -> tuple[Tensor, ...]:
-    from ..kernels import compose_factors as kernels
-
-    return kernels.forward(*inputs)
+def _forward_impl(*args: Any) -> tuple[Tensor, ...]:
+    outputs: tuple[Tensor, ...] = launchers("compose_factors", args[5]).forward(*args[:5])
+    return outputs
 
 
 def _forward_fake(
-    geometry: Tensor, flow: Tensor, quats: Tensor, trans: Tensor, log_scale: Tensor
+    geometry: Tensor, flow: Tensor, quats: Tensor, trans: Tensor, log_scale: Tensor, backend: str
 ) -> tuple[Tensor, ...]:
     n, height, width, _ = geometry.shape
 
@@ -50,15 +49,15 @@ def _forward_fake(
 
 
 def _backward_impl(*args: Any) -> tuple[Tensor, ...]:
-    from ..kernels import compose_factors as kernels
-
-    return kernels.backward(*args[:5], args[5:15], *args[15:])
+    inputs, cotangents, needed, backend = args[:5], args[5:15], args[15:19], args[19]
+    grads: tuple[Tensor, ...] = launchers("compose_factors", backend).backward(*inputs, cotangents, *needed)
+    return grads
 
 
 def _backward_fake(
     geometry: Tensor, flow: Tensor, quats: Tensor, trans: Tensor, log_scale: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    need_geometry, need_flow, need_pose, need_scale = rest[-4:]
+    need_geometry, need_flow, need_pose, need_scale = rest[-5:-1]
 
     def like_map(tensor: Tensor, needed: bool) -> Tensor:
         if not needed:
@@ -79,13 +78,13 @@ def _backward_fake(
 
 _forward = define(
     "compose_factors_forward",
-    f"({_INPUTS}) -> ({', '.join(['Tensor'] * len(Factors._fields))})",
+    f"({_INPUTS}, str backend) -> ({', '.join(['Tensor'] * len(Factors._fields))})",
     _forward_impl,
     _forward_fake,
 )
 _backward = define(
     "compose_factors_backward",
-    f"({_INPUTS}, {_COTANGENTS}, bool need_geometry, bool need_flow, bool need_pose, bool need_scale) "
+    f"({_INPUTS}, {_COTANGENTS}, bool need_geometry, bool need_flow, bool need_pose, bool need_scale, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_impl,
     _backward_fake,
@@ -94,11 +93,12 @@ _backward = define(
 
 class _ComposeFactors(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, forward: str, backward: str, *inputs: Tensor) -> tuple[Tensor, ...]:
         # Outputs that no loss uses must not cost a map of zeros each. Dynamo cannot trace the call.
         if not torch.compiler.is_compiling():
             ctx.set_materialize_grads(False)
-        outputs: tuple[Tensor, ...] = _forward(*inputs)
+        outputs: tuple[Tensor, ...] = _forward(*inputs, forward)
+        ctx.backend = backward
         ctx.mark_non_differentiable(outputs[_MASK])
         ctx.save_for_backward(*inputs)
         return outputs
@@ -106,10 +106,11 @@ class _ComposeFactors(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        need = ctx.needs_input_grad
+        need = ctx.needs_input_grad[2:]
         differentiable = cotangents[:_MASK] + cotangents[_MASK + 1 :]
-        grads = _backward(*ctx.saved_tensors, *differentiable, need[0], need[1], need[2] or need[3], need[4])
-        return tuple(g if wanted else None for g, wanted in zip(grads, need, strict=True))
+        wanted = need[0], need[1], need[2] or need[3], need[4]
+        grads = _backward(*ctx.saved_tensors, *differentiable, *wanted, ctx.backend)
+        return (None, None, *(g if needed else None for g, needed in zip(grads, need, strict=True)))
 
 
 def _triton_reasons(*tensors: Tensor) -> list[str]:
@@ -118,7 +119,18 @@ def _triton_reasons(*tensors: Tensor) -> list[str]:
     return backends.triton_reasons(*tensors)
 
 
-backends.register("compose_factors", triton=_triton_reasons)
+def _cuda_reasons(*tensors: Tensor) -> list[str]:
+    geometry, flow = tensors[:2]
+    if any(t.dtype == torch.float64 for t in tensors):
+        return ["float64 runs in eager mode only"]
+    if geometry.dtype != flow.dtype:
+        return [f"geometry and flow must have one dtype, got {geometry.dtype} and {flow.dtype}"]
+    if geometry.shape[1] * geometry.shape[2] > 2**30:
+        return ["a view has more than 2^30 pixels"]
+    return backends.cuda_reasons(*tensors)
+
+
+backends.register("compose_factors", triton=_triton_reasons, cuda=_cuda_reasons)
 
 
 def _describe(value: Any) -> str:
@@ -183,8 +195,8 @@ def compose_factors(
     Differentiable once in every argument; outputs that no loss uses cost nothing. Normalisation divides by
     max(norm, 1e-8), and its derivative is that of this division: at a ray or quaternion shorter than 1e-8 the gradient
     is the incoming one times 1e8, finite in float32 and bfloat16 (in float16 it may round to infinity, which a gradient
-    scaler sees). A zero quaternion rotates by the identity. A scale below 1e-8 is clamped and gets no gradient. With
-    Triton, sums over pixels and views are made in a fixed order: gradients are bitwise equal from run to run.
+    scaler sees). A zero quaternion rotates by the identity. A scale below 1e-8 is clamped and gets no gradient. The
+    kernels sum over pixels and views in a fixed order: gradients are bitwise equal from run to run.
 
     Args:
         geometry: [N, H, W, 6] raw channels (ray x, y, z, log depth, log confidence, mask logit), 16 or 32 bit. Any
@@ -194,10 +206,10 @@ def compose_factors(
         quats: [N, 4] raw quaternions (x, y, z, w).
         trans: [N, 3] raw translations, camera-to-world, before the metric scale.
         log_scale: [B, 1] raw logarithm of metres a unit.
-        backend: "triton", "eager" or None (automatic).
+        backend: "triton", "cuda", "eager" or None (automatic).
 
     Returns:
-        Factors, float32 and contiguous from Triton (float64 if an input is; eager keeps PyTorch's strides).
+        Factors, float32 and contiguous from a kernel (float64 if an input is; eager keeps PyTorch's strides).
 
     Raises:
         ValueError: rank, channels, rows, dtype or device of an argument do not fit.
@@ -205,6 +217,9 @@ def compose_factors(
     """
     inputs = (geometry, flow, quats, trans, log_scale)
     _validate(*inputs)
-    if backends.select("compose_factors", backend, *inputs) == backends.EAGER:
+    name = backends.select("compose_factors", backend, *inputs)
+    if name == backends.EAGER:
         return reference_compose_factors(*inputs)
-    return Factors(*_ComposeFactors.apply(*inputs))
+    # Measured on an H200: Triton's forward is 6 % faster, the CUDA backward 1.4 times (benchmarks/results).
+    backward = backends.select_backward("compose_factors", backend, name, "cuda", *inputs)
+    return Factors(*_ComposeFactors.apply(name, backward, *inputs))

@@ -11,9 +11,10 @@ from torch import Tensor
 from .. import backends
 from ..reference.tokenize import channels_first
 from ..reference.tokenize import tokenize as reference_tokenize
-from ._library import define
+from ._library import define, launchers
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_CUDA_PATCH = 14
 
 
 def _forward_impl(
@@ -26,10 +27,12 @@ def _forward_impl(
     scale: list[float],
     shift: list[float],
     out_dtype: torch.dtype,
+    backend: str,
 ) -> Tensor:
-    from ..kernels.tokenize import tokenize_forward
-
-    return tokenize_forward(image, weight, bias, pos_embed, cls_token, register_tokens, scale, shift, out_dtype)
+    rows: Tensor = launchers("tokenize", backend).tokenize_forward(
+        image, weight, bias, pos_embed, cls_token, register_tokens, scale, shift, out_dtype
+    )
+    return rows
 
 
 def _forward_fake(
@@ -42,6 +45,7 @@ def _forward_fake(
     scale: list[float],
     shift: list[float],
     out_dtype: torch.dtype,
+    backend: str,
 ) -> Tensor:
     patch = weight.shape[-1]
     rows = (image.shape[2] // patch) * (image.shape[3] // patch) + int(cls_token is not None)
@@ -105,7 +109,7 @@ def _backward_fake(
 _forward = define(
     "tokenize_forward",
     "(Tensor image, Tensor weight, Tensor? bias, Tensor pos_embed, Tensor? cls_token, Tensor? register_tokens,"
-    " float[] scale, float[] shift, ScalarType out_dtype) -> Tensor",
+    " float[] scale, float[] shift, ScalarType out_dtype, str backend) -> Tensor",
     _forward_impl,
     _forward_fake,
 )
@@ -133,6 +137,7 @@ class _Tokenize(torch.autograd.Function):
         scale: list[float],
         shift: list[float],
         out_dtype: torch.dtype,
+        backend: str,
     ) -> Tensor:
         ctx.save_for_backward(image, weight)
         ctx.normalization = scale, shift
@@ -140,7 +145,7 @@ class _Tokenize(torch.autograd.Function):
         ctx.has_cls = cls_token is not None
         ctx.extra = int(ctx.has_cls) + (0 if register_tokens is None else register_tokens.shape[0])
         ctx.positions = pos_embed.shape[0]
-        return _forward(image, weight, bias, pos_embed, cls_token, register_tokens, scale, shift, out_dtype)
+        return _forward(image, weight, bias, pos_embed, cls_token, register_tokens, scale, shift, out_dtype, backend)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -162,6 +167,7 @@ class _Tokenize(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
@@ -174,7 +180,24 @@ def _triton_reasons(image: Tensor, weight: Tensor, *others: Tensor | None) -> li
     return reasons
 
 
-backends.register("tokenize", triton=_triton_reasons)
+def _cuda_reasons(image: Tensor, weight: Tensor, *others: Tensor | None) -> list[str]:
+    reasons = []
+    channels, patch = weight.shape[0], weight.shape[-1]
+    if weight.dtype not in _FLOATS[1:]:
+        reasons.append(f"weight is {weight.dtype}; the kernel multiplies float16 or bfloat16")
+    if image.dtype not in (torch.uint8, *_FLOATS):
+        reasons.append(f"image is {image.dtype}; the kernel reads uint8, float32, float16 or bfloat16")
+    wrong = {t.dtype for t in others if t is not None} - {*_FLOATS}
+    if wrong:
+        reasons.append(f"an argument is {wrong.pop()}; the kernel adds float32, float16 or bfloat16")
+    if patch != _CUDA_PATCH:
+        reasons.append(f"the patch size is {patch}; the kernel is laid out for {_CUDA_PATCH}")
+    if channels % 8 != 0:
+        reasons.append(f"weight has {channels} channels; the kernel writes vectors of 8")
+    return reasons or backends.cuda_reasons(image, weight, *others)
+
+
+backends.register("tokenize", cuda=_cuda_reasons, triton=_triton_reasons)
 
 
 def _described(name: str, tensor: Tensor, expected: str, advice: str) -> str:
@@ -252,7 +275,8 @@ def tokenize(
         mean, std: three numbers each in 0..1 units: x = (pixel - mean) / std, uint8 pixels divided by 255 first.
             None: the image is normalised already.
         out_dtype: dtype of the rows; the weight's by default (float32 for a float32 residual stream).
-        backend: "triton", "eager" or None for the fastest that can run. The backward pass is cuBLAS's in both.
+        backend: "triton", "cuda" (16-bit weights, patches of 14), "eager" or None for the fastest that can run. The
+            backward pass is cuBLAS's in all.
 
     Returns:
         [N, extra + T, C] rows, contiguous; extra counts the class token and the registers.
@@ -285,5 +309,5 @@ def tokenize(
         unit = 255.0 if pixels.dtype == torch.uint8 else 1.0
         scale = [1.0 / (unit * s) for s in std]
         shift = [-m / s for m, s in zip(mean, std, strict=True)]
-    rows: Tensor = _Tokenize.apply(pixels, weight, bias, pos_embed, cls_row, registers, scale, shift, dtype)
+    rows: Tensor = _Tokenize.apply(pixels, weight, bias, pos_embed, cls_row, registers, scale, shift, dtype, name)
     return rows

@@ -1,17 +1,19 @@
-"""Triton `compose_factors` against the float64 oracle: in the interpreter, and on a GPU at the model's sizes."""
+"""Kernels of `compose_factors` against the float64 oracle: in the interpreter, and on a GPU at the model's sizes."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
 import torch
-from any4d_fast.kernels import compose_factors as kernels
+from any4d_fast.kernels import compose_factors as triton_kernels
 from torch import Tensor
 
 from any4d_fast import testing
+from any4d_fast.ops._library import launchers
 from any4d_fast.ops.compose_factors import Factors, _backward, _forward, compose_factors
-from tests.kernels_common import DEVICE, GPU, gpu_only, kernel_test
+from tests.kernels_common import DEVICE, GPU, KERNEL_BACKENDS, gpu_only, kernel_test
 
 pytestmark = kernel_test
 
@@ -36,8 +38,14 @@ def make_inputs(
     return [t.to(DEVICE) for t in (*maps, normal(n, 4), normal(n, 3), normal(batch, 1))]
 
 
-def triton(*inputs: Tensor) -> Factors:
-    return compose_factors(*inputs, backend="triton")
+@pytest.fixture(params=KERNEL_BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def kernel(backend: str) -> Callable[..., Factors]:
+    """The op on one backend."""
+    return functools.partial(compose_factors, backend=backend)
 
 
 def eager(*inputs: Tensor) -> Factors:
@@ -70,7 +78,7 @@ def loss_gradients(
     return testing.gradients(chosen, list(inputs), picked)
 
 
-def check(inputs: list[Tensor], used: list[str] = DIFFERENTIABLE) -> None:
+def check(inputs: list[Tensor], backend: str, used: list[str] = DIFFERENTIABLE) -> None:
     """Forward and every gradient within the budget that plain PyTorch sets."""
     wide = [t.double() for t in inputs]
     with torch.no_grad():
@@ -79,8 +87,8 @@ def check(inputs: list[Tensor], used: list[str] = DIFFERENTIABLE) -> None:
     oracles = loss_gradients(eager, wide, cotangents, used)
     plains = loss_gradients(eager, inputs, cotangents, used)
     with testing.poisoned_empty():
-        actual = triton(*inputs)
-        grads = loss_gradients(triton, inputs, cotangents, used)
+        actual = kernel(backend)(*inputs)
+        grads = loss_gradients(kernel(backend), inputs, cotangents, used)
     for name in DIFFERENTIABLE:
         output = getattr(actual, name)
         assert output.dtype == torch.float32 and output.is_contiguous()
@@ -97,31 +105,36 @@ def check(inputs: list[Tensor], used: list[str] = DIFFERENTIABLE) -> None:
         testing.assert_within_budget(grad, oracle_grad, plain_grad, name=f"grad of {name}", floor=floor)
 
 
-@pytest.fixture(params=["strided", "tiled"])
+@pytest.fixture(params=["triton strided", "triton tiled", *KERNEL_BACKENDS[1:]])
 def access(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways of touching interleaved channels; small blocks, so that small maps take several programs."""
-    tiled = request.param == "tiled"
-    forward = kernels.Config(block=64, warps=4, iterations=1, tile_loads=tiled, tile_stores=tiled)
-    monkeypatch.setattr(kernels, "FORWARD", forward)
-    monkeypatch.setattr(kernels, "BACKWARD", forward._replace(iterations=2))
-    return str(request.param)
+    """The backend; Triton in both ways of touching interleaved channels, and with small blocks, so that small maps take
+    several programs."""
+    name, *way = str(request.param).split()
+    if name == "triton":
+        tiled = way == ["tiled"]
+        forward = triton_kernels.Config(block=64, warps=4, iterations=1, tile_loads=tiled, tile_stores=tiled)
+        monkeypatch.setattr(triton_kernels, "FORWARD", forward)
+        monkeypatch.setattr(triton_kernels, "BACKWARD", forward._replace(iterations=2))
+    return name
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_parity(dtype: torch.dtype, access: str) -> None:
-    check(make_inputs(3, 2, 13, 17, dtype))
+    check(make_inputs(3, 2, 13, 17, dtype), access)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_parity_of_the_shipped_configuration(dtype: torch.dtype) -> None:
-    check(make_inputs(2, 1, 28, 42, dtype))
+def test_parity_of_the_shipped_configuration(dtype: torch.dtype, backend: str) -> None:
+    check(make_inputs(2, 1, 28, 42, dtype), backend)
 
 
 @pytest.mark.parametrize(
-    ("views", "batch", "height", "width"), [(1, 1, 1, 1), (1, 3, 1, 7), (2, 1, 31, 1), (5, 1, 11, 13), (1, 1, 16, 64)]
+    ("views", "batch", "height", "width"),
+    [(1, 1, 1, 1), (1, 3, 1, 7), (2, 1, 31, 1), (5, 1, 11, 13), (1, 1, 16, 64), (2, 1, 37, 61)],
 )
-def test_sizes(views: int, batch: int, height: int, width: int) -> None:
-    check(make_inputs(views, batch, height, width))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_sizes(views: int, batch: int, height: int, width: int, dtype: torch.dtype, backend: str) -> None:
+    check(make_inputs(views, batch, height, width, dtype), backend)
 
 
 def _channels_last_convolution(x: Tensor) -> Tensor:
@@ -151,9 +164,10 @@ def test_layouts(layout: Callable[[Tensor], Tensor], dtype: torch.dtype, access:
     pose = torch.cat([trans, quats], dim=1)  # the pose head's 3 + 4 outputs, split without a copy
     strided = [layout(geometry), layout(flow), pose[:, 3:], pose[:, :3], log_scale]
     assert all(torch.equal(a, b) for a, b in zip(strided[:2], (geometry, flow), strict=True))
-    for actual, expected in zip(triton(*strided), triton(geometry, flow, quats, trans, log_scale), strict=True):
+    function, kernels = kernel(access), launchers("compose_factors", access)
+    for actual, expected in zip(function(*strided), function(geometry, flow, quats, trans, log_scale), strict=True):
         assert torch.equal(actual, expected)
-    cotangents = [torch.ones_like(getattr(triton(*strided), name)) for name in DIFFERENTIABLE]
+    cotangents = [torch.ones_like(getattr(function(*strided), name)) for name in DIFFERENTIABLE]
     found = kernels.backward(*strided, tuple(cotangents))
     expected_grads = kernels.backward(geometry, flow, quats, trans, log_scale, tuple(cotangents))
     for actual, expected in zip(found, expected_grads, strict=True):
@@ -172,15 +186,15 @@ def test_layouts(layout: Callable[[Tensor], Tensor], dtype: torch.dtype, access:
         ["metric_scaling_factor"],
     ],
 )
-def test_outputs_without_cotangents(used: list[str]) -> None:
-    check(make_inputs(2, 2, 7, 9), used)
+def test_outputs_without_cotangents(used: list[str], backend: str) -> None:
+    check(make_inputs(2, 2, 7, 9), backend, used)
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (4,), (0, 3), (1, 4)])
-def test_inputs_without_gradients(wanted: tuple[int, ...]) -> None:
+def test_inputs_without_gradients(wanted: tuple[int, ...], backend: str) -> None:
     inputs = make_inputs(2, 2, 7, 9)
     leaves = [t.requires_grad_() if i in wanted else t for i, t in enumerate(inputs)]
-    losses = [f(*leaves) for f in (triton, eager)]
+    losses = [f(*leaves) for f in (kernel(backend), eager)]
     found, expected = (
         torch.autograd.grad(out.pts3d.square().sum() + out.scene_flow.square().sum(), [leaves[i] for i in wanted])
         if wanted != (2,)
@@ -191,18 +205,18 @@ def test_inputs_without_gradients(wanted: tuple[int, ...]) -> None:
         assert testing.relative_error(actual, reference) < 1e-5  # two float32 sums of 63 terms each, in two orders
 
 
-def test_zero_rays_and_quaternions() -> None:
+def test_zero_rays_and_quaternions(backend: str) -> None:
     inputs = [torch.zeros_like(t) for t in make_inputs(2, 1, 5, 7)]
     inputs[0][:, 2:] = torch.randn(inputs[0][:, 2:].shape).to(DEVICE)
-    check(inputs)
+    check(inputs, backend)
     # float32 squares of 1e-9 are exact enough for both sides to see a ray below the clamp, and of 3e-8 one above it.
     for length in (1e-9, 3e-8):
         inputs[0][:, :2, :, :3] = length
         inputs[2][:] = length
-        check(inputs)
+        check(inputs, backend)
 
 
-def test_extreme_logarithms() -> None:
+def test_extreme_logarithms(backend: str) -> None:
     inputs = make_inputs(1, 1, 8, 16)
     finite = [-200.0, -100.0, -87.0, -20.0, 0.0, 20.0, 80.0, 88.5, 90.0]
     values = torch.tensor([*finite, float("inf"), float("-inf"), float("nan")])
@@ -210,7 +224,7 @@ def test_extreme_logarithms() -> None:
     inputs[0][0, 1, : len(values), 4] = values.to(DEVICE)
     inputs[0][0, 2, : len(values), 5] = values.to(DEVICE)
     inputs[4].zero_()
-    actual, expected = triton(*inputs), eager(*inputs)
+    actual, expected = kernel(backend)(*inputs), eager(*inputs)
     for name in ("depth_along_ray", "conf", "non_ambiguous_mask_logits"):
         # 1e-37: GPUs flush what is denormal
         torch.testing.assert_close(
@@ -219,70 +233,89 @@ def test_extreme_logarithms() -> None:
     assert torch.equal(actual.non_ambiguous_mask, expected.non_ambiguous_mask)
 
 
-def test_mask_near_the_threshold() -> None:
+def test_mask_near_the_threshold(backend: str) -> None:
     inputs = make_inputs(1, 1, 4, 8)
     inputs[0][0, 0, :, 5] = torch.tensor([0.0, 1e-9, -1e-9, 1e-6, -1e-6, 1e-3, -1e-3, 5.0]).to(DEVICE)
-    assert torch.equal(triton(*inputs).non_ambiguous_mask, eager(*inputs).non_ambiguous_mask)
+    assert torch.equal(kernel(backend)(*inputs).non_ambiguous_mask, eager(*inputs).non_ambiguous_mask)
 
 
-def test_small_scale_is_clamped_without_gradient() -> None:
+def test_small_scale_is_clamped_without_gradient(backend: str) -> None:
     inputs = make_inputs(2, 1, 5, 7)
     inputs[4].fill_(-50.0)
-    check(inputs)
+    check(inputs, backend)
 
 
-def test_empty() -> None:
+def test_empty(backend: str) -> None:
     inputs = make_inputs(2, 2, 4, 5)
     nothing = [t[:0] for t in inputs[:4]]
     with testing.poisoned_empty():
         for empty in ([*nothing, inputs[4]], [*nothing, inputs[4][:0]], [*(t[:, :0] for t in inputs[:2]), *inputs[2:]]):
-            actual, expected = triton(*empty), eager(*empty)
+            actual, expected = kernel(backend)(*empty), eager(*empty)
             for output, reference in zip(actual, expected, strict=True):
                 assert output.shape == reference.shape
                 torch.testing.assert_close(output, reference)
             leaves = [t.clone().requires_grad_() for t in empty]
-            out = triton(*leaves)
+            out = kernel(backend)(*leaves)
             total = out.pts3d.sum() + out.cam_trans.sum() + out.metric_scaling_factor.sum()
             grads = torch.autograd.grad(total, leaves, allow_unused=True)
             assert all(g is None or g.isfinite().all() for g in grads)
 
 
-def test_gradients_are_bitwise_repeatable() -> None:
+def test_gradients_are_bitwise_repeatable(backend: str) -> None:
     inputs = make_inputs(2, 1, 30, 40, torch.float16)
     cotangents = make_cotangents(inputs, DIFFERENTIABLE)
-    first, second = (loss_gradients(triton, inputs, cotangents, DIFFERENTIABLE) for _ in range(2))
+    first, second = (loss_gradients(kernel(backend), inputs, cotangents, DIFFERENTIABLE) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None)
 
 
+def test_maps_off_their_alignment(backend: str) -> None:
+    """Every tensor one element past a 16-byte boundary, and cotangents too."""
+
+    def shift(x: Tensor) -> Tensor:
+        return torch.cat([x.new_zeros(1), x.reshape(-1)])[1:].view(x.shape)
+
+    kernels = launchers("compose_factors", backend)
+    for dtype in (torch.float32, torch.float16):
+        inputs = make_inputs(2, 1, 16, 24, dtype)
+        cotangents = make_cotangents(inputs, DIFFERENTIABLE)
+        shifted = [shift(t) for t in inputs]
+        for actual, expected in zip(kernel(backend)(*shifted), kernel(backend)(*inputs), strict=True):
+            assert torch.equal(actual, expected)
+        found = kernels.backward(*shifted, tuple(shift(g) for g in cotangents))
+        for actual, expected in zip(found, kernels.backward(*inputs, tuple(cotangents)), strict=True):
+            assert torch.equal(actual, expected)
+
+
 @pytest.mark.parametrize("layout", [_channels_last_convolution, _planar])
-def test_opcheck(layout: Callable[[Tensor], Tensor]) -> None:
+def test_opcheck(layout: Callable[[Tensor], Tensor], backend: str) -> None:
     geometry, flow, *rest = make_inputs(2, 1, 4, 5)
     inputs = [layout(geometry), layout(flow), *rest]
-    torch.library.opcheck(_forward, tuple(inputs))
-    cotangents = [torch.ones_like(o) for o in _forward(*inputs) if o.is_floating_point()]
-    torch.library.opcheck(_backward, (*inputs, *cotangents, True, True, True, True))
-    torch.library.opcheck(_backward, (*inputs, cotangents[0], *[None] * 9, True, False, False, True))
+    torch.library.opcheck(_forward, (*inputs, backend))
+    cotangents = [torch.ones_like(o) for o in _forward(*inputs, backend) if o.is_floating_point()]
+    torch.library.opcheck(_backward, (*inputs, *cotangents, True, True, True, True, backend))
+    torch.library.opcheck(_backward, (*inputs, cotangents[0], *[None] * 9, True, False, False, True, backend))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile(dynamic: bool) -> None:
+def test_compile(dynamic: bool, backend: str) -> None:
     torch.compiler.reset()
-    compiled = torch.compile(triton, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    function = kernel(backend)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for views, height in ((2, 4), (3, 5)):
         inputs = make_inputs(views, 1, height, 6)
         used = ["pts3d", "cam_quats", "scene_flow", "conf"]
         cotangents = make_cotangents(inputs, used)
-        for actual, expected in zip(compiled(*inputs), triton(*inputs), strict=True):
+        for actual, expected in zip(compiled(*inputs), function(*inputs), strict=True):
             assert torch.equal(actual, expected)
-        grads = [loss_gradients(f, inputs, cotangents, used) for f in (compiled, triton)]
+        grads = [loss_gradients(f, inputs, cotangents, used) for f in (compiled, function)]
         for actual, expected in zip(*grads, strict=True):
             torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.skipif(not GPU, reason="real sizes: needs a CUDA device (make test-gpu)")
-def test_real_size(dtype: torch.dtype) -> None:
-    check(make_inputs(8, 1, 336, 518, dtype))
+def test_real_size(dtype: torch.dtype, backend: str) -> None:
+    check(make_inputs(8, 1, 336, 518, dtype), backend)
 
 
 class TestOffsets:
@@ -290,14 +323,15 @@ class TestOffsets:
 
     pytestmark = gpu_only
 
-    def test_beyond_two_to_the_31(self) -> None:
+    def test_beyond_two_to_the_31(self, backend: str) -> None:
         views = 4_200  # 3 * 4,200 * 518 * 336 > 2^31
         if torch.cuda.mem_get_info()[0] < 100 * 2**30:
             pytest.skip("needs 100 GB of free GPU memory")
         last = make_inputs(1, 1, 336, 518, torch.float16)
         inputs = [t.expand(views, *t.shape[1:]).contiguous() for t in last[:4]]
-        out = triton(*inputs, last[4])
-        expected = triton(*last)
+        function, kernels = kernel(backend), launchers("compose_factors", backend)
+        out = function(*inputs, last[4])
+        expected = function(*last)
         for name in DIFFERENTIABLE:
             assert torch.equal(getattr(out, name)[-1], getattr(expected, name)[-1]), name
         cotangent = out.pts3d

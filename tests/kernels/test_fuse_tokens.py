@@ -1,4 +1,4 @@
-"""Triton `fuse_tokens` against the float64 oracle: in the interpreter, and on a GPU at the model's sizes."""
+"""Kernels of `fuse_tokens` against the float64 oracle: in the interpreter, and on a GPU at the model's sizes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,17 @@ from torch import Tensor
 from any4d_fast import testing
 from any4d_fast.ops.fuse_tokens import fuse_tokens
 from any4d_fast.reference.fuse_tokens import fuse_tokens as reference
-from tests.kernels_common import DEVICE, GPU, gpu_only, kernel_test
+from tests.kernels_common import DEVICE, GPU, KERNEL_BACKENDS, gpu_only, kernel_test
 
 pytestmark = kernel_test
 
 NAMES = ["image_tokens", "weight", "bias", "scale_token"]
+
+
+@pytest.fixture(params=KERNEL_BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every backend with kernels of its own."""
+    return str(request.param)
 
 
 class Case:
@@ -50,7 +56,7 @@ class Case:
         return out
 
 
-def check(case: Case, out_dtype: torch.dtype = torch.float32) -> None:
+def check(case: Case, backend: str, out_dtype: torch.dtype = torch.float32) -> None:
     """Forward and every gradient within the budget that plain PyTorch sets."""
     given = case.tensors
     wide = [None if t is None else t.double() for t in given]
@@ -61,7 +67,7 @@ def check(case: Case, out_dtype: torch.dtype = torch.float32) -> None:
     cotangent = case.normal(*oracle.shape).to(out_dtype)
     oracles = testing.gradients(lambda *a: case.call(reference, *a, **exact), wide, [cotangent.double()])
     plains = testing.gradients(lambda *a: case.call(reference, *a, **options), given, [cotangent])
-    options["backend"] = "triton"
+    options["backend"] = backend
     with testing.poisoned_empty():
         actual = case.call(fuse_tokens, *given, **options)
         grads = testing.gradients(lambda *a: case.call(fuse_tokens, *a, **options), given, [cotangent])
@@ -77,33 +83,68 @@ def check(case: Case, out_dtype: torch.dtype = torch.float32) -> None:
 
 @pytest.mark.parametrize(("dense", "vectors"), [(0, 0), (1, 0), (0, 2), (3, 4)])
 @pytest.mark.parametrize("size", [(1, 1, 1, 16), (2, 1, 5, 24), (3, 2, 7, 64)])
-def test_parity(size: tuple[int, int, int, int], dense: int, vectors: int) -> None:
-    check(Case(size, dense, vectors))
+def test_parity(backend: str, size: tuple[int, int, int, int], dense: int, vectors: int) -> None:
+    check(Case(size, dense, vectors), backend)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("features", [torch.float32, torch.bfloat16])
-def test_half_precision(dtype: torch.dtype, features: torch.dtype) -> None:
-    check(Case((2, 2, 6, 48), 2, 2, dtype=dtype, features=features))
-    check(Case((2, 1, 6, 48), 0, 1, dtype=dtype, features=features), out_dtype=dtype)
+def test_half_precision(backend: str, dtype: torch.dtype, features: torch.dtype) -> None:
+    check(Case((2, 2, 6, 48), 2, 2, dtype=dtype, features=features), backend)
+    check(Case((2, 1, 6, 48), 0, 1, dtype=dtype, features=features), backend, out_dtype=dtype)
 
 
-def test_given_everywhere_and_no_scale_token() -> None:
-    check(Case((2, 2, 5, 32), 2, 3, masked=False, scale=False))
+def test_given_everywhere_and_no_scale_token(backend: str) -> None:
+    check(Case((2, 2, 5, 32), 2, 3, masked=False, scale=False), backend)
 
 
-def test_more_samples_than_tokens() -> None:
-    check(Case((1, 9, 1, 16), 1, 1))
-    check(Case((2, 1, 11, 100), 1, 1))
+@pytest.mark.parametrize("channels", [128, 132, 256, 512, 768])
+def test_widths(backend: str, channels: int) -> None:
+    check(Case((2, 2, 3, channels), 1, 2), backend)
 
 
-def test_absent_modalities_add_exactly_zero_even_when_nan() -> None:
+def test_wider_rows_leave_nothing_behind(backend: str) -> None:
+    """Shared memory keeps what the last kernel wrote: wide rows of NaN, in as many blocks as fit the device."""
+    wide = Case((330 if GPU else 1, 2, 4, 1020), 0, 1, masked=False)
+    assert wide.tensors[4] is not None
+    wide.tensors[4].fill_(float("nan"))
+    case = Case((3, 2, 9, 32), 1, 1)
+    cotangent = case.normal(2, 3 * 9 + 1, 32)
+    expected = case.call(reference, *case.tensors)
+    gradients = testing.gradients(lambda *a: case.call(reference, *a), case.tensors, [cotangent])
+    wide.call(fuse_tokens, *wide.tensors, backend=backend)
+    # float32 sums of up to 54 terms in another order.
+    torch.testing.assert_close(case.call(fuse_tokens, *case.tensors, backend=backend), expected, rtol=1e-5, atol=1e-5)
+
+    def run(*tensors: Tensor | None) -> Tensor:
+        wide.call(fuse_tokens, *wide.tensors, backend=backend)
+        return case.call(fuse_tokens, *tensors, backend=backend)
+
+    for actual, wanted in zip(testing.gradients(run, case.tensors, [cotangent]), gradients, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_on_odd_addresses(backend: str) -> None:
+    case = Case((2, 1, 5, 48), 1, 1)
+    for i in (0, 4):
+        tensor = case.tensors[i]
+        assert tensor is not None
+        case.tensors[i] = torch.cat([torch.zeros_like(tensor[..., :1]), tensor], dim=-1)[..., 1:]
+    check(case, backend)
+
+
+def test_more_samples_than_tokens(backend: str) -> None:
+    check(Case((1, 9, 1, 16), 1, 1), backend)
+    check(Case((2, 1, 11, 100), 1, 1), backend)
+
+
+def test_absent_modalities_add_exactly_zero_even_when_nan(backend: str) -> None:
     case = Case((3, 2, 4, 16), 3, 4)
-    clean = case.call(fuse_tokens, *case.tensors, backend="triton")
+    clean = case.call(fuse_tokens, *case.tensors, backend=backend)
     cotangent = torch.ones_like(clean)
 
     def run(*tensors: Tensor | None) -> Tensor:
-        return case.call(fuse_tokens, *tensors, backend="triton")
+        return case.call(fuse_tokens, *tensors, backend=backend)
 
     expected = testing.gradients(run, case.tensors, [cotangent])
     for values, mask in zip(case.tensors[4:], case.masks, strict=True):
@@ -116,30 +157,30 @@ def test_absent_modalities_add_exactly_zero_even_when_nan() -> None:
         assert grad is not None and mask is not None and not grad[~mask].any()
 
 
-def test_backward_is_deterministic() -> None:
+def test_backward_is_deterministic(backend: str) -> None:
     case = Case((3, 2, 9, 32), 1, 1)
     cotangent = case.normal(2, 3 * 9 + 1, 32)
 
     def run() -> list[Tensor | None]:
-        return testing.gradients(lambda *a: case.call(fuse_tokens, *a, backend="triton"), case.tensors, [cotangent])
+        return testing.gradients(lambda *a: case.call(fuse_tokens, *a, backend=backend), case.tensors, [cotangent])
 
     for first, second in zip(run(), run(), strict=True):
         assert first is not None and second is not None and torch.equal(first, second)
 
 
-def test_gradients_share_no_memory() -> None:
+def test_gradients_share_no_memory(backend: str) -> None:
     case = Case((2, 1, 4, 16), 2, 2, masked=False)
     cotangent = case.normal(1, 9, 16)
-    grads = testing.gradients(lambda *a: case.call(fuse_tokens, *a, backend="triton"), case.tensors, [cotangent])
+    grads = testing.gradients(lambda *a: case.call(fuse_tokens, *a, backend=backend), case.tensors, [cotangent])
     pointers = [g.data_ptr() for g in (grads[0], *grads[4:]) if g is not None]
     assert len(set(pointers)) == 5
 
 
-def test_strided_gradients_and_only_what_is_needed() -> None:
+def test_strided_gradients_and_only_what_is_needed(backend: str) -> None:
     case = Case((2, 2, 4, 16), 2, 2)
     assert case.tensors[4] is not None
     leaf = case.tensors[4].requires_grad_()
-    out = case.call(fuse_tokens, *case.tensors, backend="triton")
+    out = case.call(fuse_tokens, *case.tensors, backend=backend)
     expected = case.call(reference, *case.tensors)
     cotangent = case.normal(9, 2, 16).transpose(0, 1)
     (actual,) = torch.autograd.grad(out, leaf, cotangent)
@@ -149,10 +190,10 @@ def test_strided_gradients_and_only_what_is_needed() -> None:
 
 
 @pytest.mark.parametrize(("views", "tokens"), [(0, 4), (2, 0)])
-def test_empty_leaves_the_scale_token(views: int, tokens: int) -> None:
+def test_empty_leaves_the_scale_token(backend: str, views: int, tokens: int) -> None:
     case = Case((views, 2, tokens, 16), 1, 1)
     leaves = [None if t is None else t.detach().requires_grad_() for t in case.tensors]
-    out = case.call(fuse_tokens, *leaves, backend="triton")
+    out = case.call(fuse_tokens, *leaves, backend=backend)
     scale = leaves[3]
     assert out.shape == (2, 1, 16) and scale is not None and torch.equal(out[:, 0], scale.expand(2, -1))
     out.sum().backward()
@@ -160,25 +201,25 @@ def test_empty_leaves_the_scale_token(views: int, tokens: int) -> None:
     assert leaves[1] is not None and leaves[1].grad is not None and not leaves[1].grad.any()
 
 
-def test_opcheck() -> None:
+def test_opcheck(backend: str) -> None:
     case = Case((2, 2, 3, 16), 2, 1)
     image, weight, bias, scale, *rest = case.tensors
     masks = case.masks
     forward = torch.ops.any4d_fast.fuse_tokens_forward.default
     given = (image, rest[:2], [masks[0], None], rest[2:], masks[2:], weight, bias, scale, 2, 1e-6)
     for save_sum in (True, False):
-        torch.library.opcheck(forward, (*given, torch.bfloat16, save_sum))
-    _, mean, rstd, total = forward(*given, torch.float32, True)
+        torch.library.opcheck(forward, (*given, torch.bfloat16, save_sum, backend))
+    _, mean, rstd, total = forward(*given, torch.float32, True, backend)
     grad = case.normal(2, 7, 16)
     arguments = (grad, total, [], [], mean, rstd, weight, [masks[0], None], torch.float32, torch.bfloat16, None, None)
     for need_rows in (True, False):
-        torch.library.opcheck(torch.ops.any4d_fast.fuse_tokens_backward.default, (*arguments, need_rows))
+        torch.library.opcheck(torch.ops.any4d_fast.fuse_tokens_backward.default, (*arguments, need_rows, backend))
 
 
 @pytest.mark.parametrize("dense", [0, 2])
-def test_compiles_fullgraph_with_dynamic_shapes(dense: int) -> None:
+def test_compiles_fullgraph_with_dynamic_shapes(backend: str, dense: int) -> None:
     def step(*tensors: Tensor | None) -> Tensor:
-        return case.call(fuse_tokens, *tensors, backend="triton")
+        return case.call(fuse_tokens, *tensors, backend=backend)
 
     for size in ((2, 2, 4, 16), (3, 2, 6, 16)):
         case = Case(size, dense, 1)
@@ -198,10 +239,10 @@ class TestRealSizes:
     @pytest.mark.parametrize(("dense", "vectors"), [(0, 0), (3, 4)])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("views", [1, 2, 41])
-    def test_parity(self, views: int, dtype: torch.dtype, dense: int, vectors: int) -> None:
-        check(Case((views, 1, 888, 1024), dense, vectors, dtype=dtype))
+    def test_parity(self, backend: str, views: int, dtype: torch.dtype, dense: int, vectors: int) -> None:
+        check(Case((views, 1, 888, 1024), dense, vectors, dtype=dtype), backend)
 
-    def test_beyond_31_bits(self) -> None:
+    def test_beyond_31_bits(self, backend: str) -> None:
         """2,400 views of 888 x 1,024: 2.2e9 elements; the last view is compared."""
         case = Case((1, 1, 888, 1024), 0, 1, dtype=torch.bfloat16, masked=False)
         image, weight, bias, scale, vector = case.tensors
@@ -211,9 +252,9 @@ class TestRealSizes:
         vectors = torch.zeros(2400, 1024, device=DEVICE)
         vectors[-1] = vector[0]
         many.requires_grad_()
-        actual = fuse_tokens(many, [], [vectors], weight, bias, out_dtype=torch.bfloat16, backend="triton")
+        actual = fuse_tokens(many, [], [vectors], weight, bias, out_dtype=torch.bfloat16, backend=backend)
         one = image.detach().clone().requires_grad_()
-        expected = fuse_tokens(one, [], [vector], weight, bias, out_dtype=torch.bfloat16, backend="triton")
+        expected = fuse_tokens(one, [], [vector], weight, bias, out_dtype=torch.bfloat16, backend=backend)
         assert torch.equal(actual[:, -888:], expected)
         actual.backward(torch.ones_like(actual))
         expected.backward(torch.ones_like(expected))

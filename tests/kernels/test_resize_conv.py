@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from any4d_fast import backends, testing
-from any4d_fast.ops.resize_conv import resize_conv
+from any4d_fast.ops.resize_conv import pack_layers, resize_conv, resize_conv_checked
 from any4d_fast.reference.resize_conv import resize_conv as reference
 from tests import tf32
 from tests.kernels_common import DEVICE, GPU, gpu_only, kernel_test
@@ -235,6 +235,34 @@ def test_stretches_and_groups(tma: bool) -> None:
             assert testing.relative_error(actual, base) < 2**-10
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("channels", "hidden"), [(32, 16), (48, 24)])
+def test_checked_results_are_float32(channels: int, hidden: int, dtype: torch.dtype) -> None:
+    """From weights packed once: the same sums, not rounded to the map's dtype, and a flag."""
+    x, *layers = inputs((2, 3, 5, channels), hidden, 6, dtype)
+    packed = pack_layers(*layers, dtype)
+    assert packed.packed or hidden % 16
+    flag = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    with testing.poisoned_empty():
+        found = resize_conv_checked(x, (7, 9), packed, flag)
+    assert found.dtype == torch.float32 and found.shape == (2, 7, 9, 6)
+    oracle = reference(x.double(), (7, 9), *(t.double() for t in layers))
+    plain = reference(x, (7, 9), *layers)
+    testing.assert_within_budget(found, oracle, plain)
+    assert flag.item() == 0
+
+
+@pytest.mark.parametrize("large", [float("inf"), float("nan"), 6e4])
+def test_checked_results_raise_the_flag(large: float) -> None:
+    """A NaN or an infinity in the map, and a hidden value that float16 does not hold."""
+    x, *layers = inputs((1, 3, 5, 32), 32, 3, torch.float16, torch.float32)
+    x[0, 1, 2, 7] = large
+    layers[0][:, 7] = 4.0
+    flag = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    resize_conv_checked(x, (7, 9), pack_layers(*layers, torch.float16), flag)
+    assert flag.item() == 1
+
+
 def test_gradients_are_deterministic() -> None:
     shape = (3, 296, 192, 128) if GPU else (2, 4, 5, 16)
     given = inputs(shape, 128 if GPU else 16, 3, torch.float16)
@@ -252,6 +280,9 @@ def test_opcheck() -> None:
     flat = weight1.flatten(1)
     ops = torch.ops.any4d_fast
     torch.library.opcheck(ops.resize_conv_forward.default, (x, [5, 6], weight3, bias3, flat, bias1))
+    packed = pack_layers(weight3, bias3, weight1, bias1, x.dtype).packed
+    flag = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    torch.library.opcheck(ops.resize_conv_checked.default, (x, [5, 6], packed, flag))
     grad = torch.randn(1, 5, 6, 3, device=DEVICE)
     for flags in ((True, True, True, True), (False, True, False, False), (True, False, True, False)):
         torch.library.opcheck(ops.resize_conv_backward.default, (grad, x, weight3, bias3, flat, *flags))

@@ -163,7 +163,14 @@ def test_errors_say_what_to_do(inputs: list[Any], message: str) -> None:
 
 
 def test_unknown_backend_is_refused() -> None:
-    with pytest.raises(BackendError, match="expected one of .*triton.*eager"):
-        compose_factors(*make_inputs(), backend="cuda")
-    with pytest.raises(BackendError, match="float64"):
-        compose_factors(*make_inputs(torch.float64), backend="triton")
+    with pytest.raises(BackendError, match="expected one of .*triton.*cuda.*eager"):
+        compose_factors(*make_inputs(), backend="flash")
+    for backend in ("triton", "cuda"):
+        with pytest.raises(BackendError, match="float64"):
+            compose_factors(*make_inputs(torch.float64), backend=backend)
+
+
+def test_cuda_wants_one_dtype_of_maps() -> None:
+    geometry, flow, *rest = make_inputs()
+    with pytest.raises(BackendError, match="one dtype"):
+        compose_factors(geometry, flow.half(), *rest, backend="cuda")

@@ -1,0 +1,38 @@
+"""Strides of maps and small rows, as the kernels of every backend want them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def evenly_spaced(maps: Tensor) -> Tensor:
+    """The map [N, H, W, C] itself if one stride walks its pixels in row-major order, else a contiguous copy."""
+    _, height, width, _ = maps.shape
+    _, down, across, _ = maps.stride()
+    return maps if height == 1 or width == 1 or down == width * across else maps.contiguous()
+
+
+def map_strides(maps: Tensor) -> tuple[int, int, int]:
+    """Row, pixel and channel strides of an evenly spaced map [N, H, W, C]."""
+    row, down, across, channel = maps.stride()
+    return row, (across if maps.shape[2] > 1 else down), channel
+
+
+def packed(rows: Tensor) -> Tensor:
+    """Rows [N, C] whose last dimension is contiguous."""
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def packed_matrices(matrices: Tensor) -> Tensor:
+    """Matrices [N, R, C] whose entries are contiguous; the N may be apart, or all the same."""
+    _, down, across = matrices.stride()
+    return matrices if (down, across) == (matrices.shape[2], 1) else matrices.contiguous()
+
+
+def like_map(maps: Tensor) -> Tensor:
+    """An uninitialised gradient of the map's dtype: channels last if the map's are contiguous, else channels first."""
+    n, height, width, channels = maps.shape
+    if maps.stride(3) == 1:
+        return torch.empty((n, height, width, channels), dtype=maps.dtype, device=maps.device)
+    return torch.empty((n, channels, height, width), dtype=maps.dtype, device=maps.device).permute(0, 2, 3, 1)

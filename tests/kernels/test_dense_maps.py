@@ -1,0 +1,163 @@
+"""Triton `dense_maps` against float64: in the interpreter, and on a GPU at the model's sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from any4d_fast import testing
+from any4d_fast.ops.dense_maps import finish, narrow, new_flag, upsample
+from any4d_fast.reference import dense_maps as reference
+from tests.kernels_common import DEVICE, GPU, kernel_test
+
+pytestmark = kernel_test
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+# images, height, width, channels: one pixel; primes and channels that are no power of two; the model's width; blocks
+# that end within a row.
+SHAPES = [(1, 1, 1, 1), (2, 5, 7, 24), (1, 3, 5, 256), (3, 2, 9, 300)]
+
+
+def random(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def inputs(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Map, bias, residual, coarser map of half the size rounded up."""
+    n, height, width, channels = shape
+    half = (n, (height + 1) // 2, (width + 1) // 2, channels)
+    return (
+        random(*shape, seed=0, dtype=dtype),
+        random(channels, seed=1, dtype=dtype),
+        random(*shape, seed=2, dtype=dtype),
+        random(*half, seed=3, dtype=dtype),
+    )
+
+
+def exact(size: tuple[int, int], double: tuple[int, int], *terms: Tensor | None) -> Tensor:
+    """The sum in float64."""
+    wide = [None if t is None else t.double() for t in terms]
+    return reference.finish(*wide, double, size, new_flag(torch.device(DEVICE)))
+
+
+def check_close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    # Sums and resizes in float32, rounded once.
+    assert found.dtype == dtype
+    assert testing.relative_error(found, expected) <= testing.ROUNDING[dtype] + 4 * testing.ROUNDING[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_combination_is_the_sum(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    value, bias, residual, coarse = inputs(shape, dtype)
+    size, double = shape[1:3], (2 * coarse.shape[1], 2 * coarse.shape[2])
+    flag = new_flag(value.device)
+    with testing.poisoned_empty():
+        for given in (
+            (None, None, None),
+            (bias, None, None),
+            (bias, residual, None),
+            (None, None, coarse),
+            (bias, residual, coarse),
+        ):
+            expected = exact(size, double, value, *given)
+            total, positive = finish(
+                value, given[0], flag, residual=given[1], coarse=given[2], relu=True, backend="triton"
+            )
+            check_close(total, expected, dtype)
+            check_close(positive, expected.relu(), dtype)
+            alone = finish(value, given[0], flag, residual=given[1], coarse=given[2], out=False, relu=True)[1]
+            assert torch.equal(alone, positive)
+        check_close(upsample(coarse, flag, backend="triton"), exact(double, double, None, None, None, coarse), dtype)
+    assert flag.item() == 0
+
+
+def test_maps_need_not_be_contiguous() -> None:
+    value, bias, residual, coarse = (t.transpose(1, 2) if t.ndim == 4 else t for t in inputs((2, 4, 6, 8), DTYPES[0]))
+    flag = new_flag(value.device)
+    found = finish(value, bias, flag, residual=residual, coarse=coarse, backend="triton")[0]
+    copies = (t.contiguous() for t in (value, bias, residual, coarse))
+    value, bias, residual, coarse = copies
+    assert torch.equal(found, finish(value, bias, flag, residual=residual, coarse=coarse, backend="triton")[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_are_read_where_they_are(dtype: torch.dtype) -> None:
+    tokens = random(2, 3 * 35 + 1, 24, seed=0, dtype=torch.float32)
+    rows = tokens[:, :105].unflatten(1, (3, 35))[:, 1:].transpose(0, 1)
+    flag = new_flag(tokens.device)
+    with testing.poisoned_empty():
+        found = narrow(rows, dtype, flag, backend="triton")
+    assert torch.equal(found, rows.reshape(4, 35, 24).to(dtype))
+    assert torch.equal(narrow(rows.transpose(2, 3).contiguous().transpose(2, 3), dtype, flag), found)
+    assert flag.item() == 0
+
+
+@pytest.mark.parametrize("large", [7e4, -7e4, float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_the_flag_is_set_by_what_does_not_fit(place: str, large: float) -> None:
+    index = (0, 0, 0, 0) if place == "first" else (-1, -1, -1, -1)
+    wide = random(2, 3, 5, 24, seed=0, dtype=torch.float32)
+    flag = new_flag(wide.device)
+    narrow(wide, torch.float16, flag, backend="triton")
+    finish(wide.half(), None, flag, out=False, relu=True, backend="triton")
+    assert flag.item() == 0
+    wide[index] = large
+    doubled = torch.zeros(2, 6, 10, 24, device=DEVICE, dtype=torch.float16)
+    for call in (
+        lambda f: narrow(wide, torch.float16, f, backend="triton"),
+        lambda f: finish(wide.half(), None, f, out=False, relu=True, backend="triton"),
+        lambda f: finish(torch.zeros_like(wide).half(), None, f, residual=wide.half(), backend="triton"),
+        lambda f: finish(doubled, None, f, coarse=wide.half(), backend="triton"),
+        lambda f: upsample(wide.half(), f, backend="triton"),
+    ):
+        flag = new_flag(wide.device)
+        call(flag)
+        assert flag.item() == 1
+    flag = new_flag(wide.device)
+    bound = wide.new_full((1, 1, 1, 16), 65504.0)
+    narrow(bound, torch.float16, flag, backend="triton")
+    finish(bound.half(), None, flag, backend="triton")
+    assert flag.item() == 0  # the largest float16 fits
+
+
+def test_nan_passes_through_relu() -> None:
+    value = torch.full((1, 1, 1, 16), float("nan"), device=DEVICE, dtype=torch.float16)
+    assert bool(finish(value, None, new_flag(value.device), out=False, relu=True, backend="triton")[1].isnan().all())
+
+
+def test_empty_maps() -> None:
+    flag = new_flag(torch.device(DEVICE))
+    value = torch.zeros(0, 4, 4, 16, device=DEVICE, dtype=torch.float16)
+    assert finish(value, None, flag, relu=True, backend="triton")[1].shape == value.shape
+    assert upsample(value, flag, backend="triton").shape == (0, 8, 8, 16)
+    assert narrow(value, torch.float16, flag, backend="triton").shape == (0, 4, 16)
+    assert flag.item() == 0
+
+
+def test_operators_are_registered_correctly() -> None:
+    value, bias, residual, coarse = inputs((1, 4, 4, 16), torch.float16)
+    flag = new_flag(value.device)
+    ops = torch.ops.any4d_fast
+    torch.library.opcheck(
+        ops.dense_maps_finish.default, (value, bias, residual, coarse, [4, 4], flag, True, True)
+    )  # fmt: skip
+    torch.library.opcheck(ops.dense_maps_upsample.default, (coarse, [4, 4], [4, 4], flag))
+    torch.library.opcheck(ops.dense_maps_narrow.default, (value.float(), torch.float16, flag))
+
+
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device (make test-gpu)")
+@pytest.mark.gpu
+def test_a_map_of_more_than_2_31_elements() -> None:
+    shape = (40, 192, 1160, 256)  # 2.28e9 elements, 4.6 GB
+    value = torch.zeros(shape, device=DEVICE, dtype=torch.float16)
+    value[-1, -1, -1] = 3.0
+    flag = new_flag(value.device)
+    positive = finish(value, None, flag, out=False, relu=True, backend="triton")[1]
+    assert torch.equal(positive[-1, -1, -1], value[-1, -1, -1])
+    assert flag.item() == 0
+    coarse = value[:, ::2, ::2].contiguous()
+    coarse[-1, -1, -1] = 5.0
+    large = upsample(coarse, flag, backend="triton")
+    assert large.shape == shape and bool((large[-1, -1, -1] == 5.0).all())
