@@ -79,7 +79,7 @@ def _output_of(*command: str) -> str:
 def _commit() -> str:
     commit = os.environ.get("ANY4D_FAST_COMMIT") or _output_of("git", "rev-parse", "--short", "HEAD")
     changed = not os.environ.get("ANY4D_FAST_COMMIT") and _output_of(
-        "git", "status", "--porcelain", "--untracked-files=no", "--", "../any4d_fast", "../kernels"
+        "git", "status", "--porcelain", "--untracked-files=no", "--", "../any4d_fast", "../kernels", "../csrc"
     )
     return f"{commit}+" if changed else commit
 
