@@ -28,6 +28,7 @@ struct Work {
     int split;   // tiles after them that are cut along their keys
     bool gaps;   // rows in no segment exist
     float scale_log2;
+    float scale_unit;  // of `Softmax`
 };
 
 // A run of `count` key blocks from `begin` on of one tile; the last block of keys, which may be partial, counts as 0.
@@ -39,20 +40,8 @@ struct Piece {
     }
 };
 
-// Where a tile lies: its first query, and coordinates of its (segment, head).
-struct Place {
-    int first, head, member, group;
-};
-
-template <int ROWS>
-__device__ __forceinline__ Place place_of(int tile, const Work& work) {
-    const int pair = tile / work.tiles, segment = pair / work.heads;
-    return {(tile - pair * work.tiles) * ROWS, pair - segment * work.heads, segment % work.count,
-            segment / work.count};
-}
-
-// The pieces of one block of threads. Whole tiles go around; the rest, too few for all multiprocessors, is cut into equal
-// runs of key blocks, which begin and end inside tiles. A unit is a key block of a split tile.
+// The pieces of one block of threads. Whole tiles go around; the rest, too few for all multiprocessors, is cut into
+// equal runs of key blocks, which begin and end inside tiles. A unit is a key block of a split tile.
 struct Schedule {
     const Work& work;
     int tile, unit;
@@ -83,6 +72,33 @@ struct Schedule {
         return true;
     }
 };
+
+// A piece for the computing warpgroups, who have no time to divide.
+struct alignas(16) Task {
+    int blocks;   // of keys in the piece; 0 after the last piece
+    int rows;     // of queries from the tile's first on
+    int columns;  // of keys in the piece's first block
+    int tile;
+    int row, head, member, group;  // coordinates of the tile's first query
+    int64_t lse;                   // offset of its log-sum-exp
+};
+
+template <int ROWS>
+__device__ __forceinline__ Task task_of(const Piece& piece, const Work& work) {
+    const int pair = piece.tile / work.tiles, segment = pair / work.heads;
+    Task task;
+    task.blocks = piece.count;
+    task.tile = piece.tile;
+    task.row = (piece.tile - pair * work.tiles) * ROWS;
+    task.rows = work.length - task.row;
+    task.columns = piece.begin == 0 ? work.length - (work.blocks - 1) * kKeys : kKeys;
+    task.head = pair - segment * work.heads;
+    task.group = segment / work.count;
+    task.member = segment - task.group * work.count;
+    task.lse = task.head * work.rows + work.segments.start + task.group * work.segments.group_stride +
+               task.member * work.segments.stride + task.row;
+    return task;
+}
 
 // How a call is cut, on the host.
 struct Plan {

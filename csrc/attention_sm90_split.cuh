@@ -23,8 +23,8 @@ __device__ __forceinline__ float* part_of(const Work& work, int block, int split
 
 // Stores a part of a split tile. The warpgroup that stores the last one gets the whole back: true. Parts are summed in
 // the order of their keys, whoever sums, so that results repeat bit for bit.
-template <int GROUPS, int N>
-__device__ bool merge(float (&acc)[N], Softmax& softmax, int* done, int tile, int member, const Work& work) {
+template <int GROUPS>
+__device__ bool merge(float (&acc)[kHeadDim / 2], Softmax& softmax, int* done, int tile, int member, const Work& work) {
     const int split = tile - work.whole;
     const int barrier = kStoreBarrier + member;
     float* part = part_of<GROUPS>(work, blockIdx.x, split, member);
@@ -68,9 +68,9 @@ __device__ bool merge(float (&acc)[N], Softmax& softmax, int* done, int tile, in
     return true;
 }
 
-template <typename T, int N>
-__device__ void write_out(T* staging, const float (&acc)[N], Softmax& softmax, const CUtensorMap& map,
-                          const Place& place, int row, int member, const Work& work) {
+template <typename T>
+__device__ void write_out(T* staging, const float (&acc)[kHeadDim / 2], Softmax& softmax, const CUtensorMap& map,
+                          const Task& task, int member, const Work& work) {
     const int thread = threadIdx.x % kWarpgroup, barrier = kStoreBarrier + member;
     float inverse[2];
     softmax.inverse(inverse);
@@ -91,15 +91,15 @@ __device__ void write_out(T* staging, const float (&acc)[N], Softmax& softmax, c
     fence_shared_for_async();
     named_sync(barrier, kWarpgroup);
     if (thread == 0) {
-        store_5d(&map, staging, 0, row, place.head, place.member, place.group);
+        store_5d(&map, staging, 0, task.row + member * kQueries, task.head, task.member, task.group);
         bulk_commit();
     }
     if (thread % 4 == 0) {
-        float* lse = work.lse + place.head * work.rows + work.segments.start +
-                     place.group * work.segments.group_stride + place.member * work.segments.stride;
+        const int row = member * kQueries + local;
+        float* lse = work.lse + task.lse + row;
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-            if (row + local + 8 * half < work.length) lse[row + local + 8 * half] = softmax.log_sum(half);
+            if (row + 8 * half < task.rows) lse[8 * half] = softmax.log_sum(half);
     }
 }
 

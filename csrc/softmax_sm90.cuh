@@ -17,16 +17,6 @@ constexpr float kMostMass = 18446744073709551616.f;  // 2^64
 template <>
 inline constexpr float kMostMass<__half> = 32768.f;
 
-// The same for one probability, as bits of a pair.
-template <typename T>
-constexpr uint32_t kMostPair = 0x5f805f80;  // 2^64
-template <>
-inline constexpr uint32_t kMostPair<__half> = 0x78007800;  // 2^15
-template <typename T>
-constexpr uint32_t kOnes = 0x3f803f80;
-template <>
-inline constexpr uint32_t kOnes<__half> = 0x3c003c00;
-
 template <typename T>
 __device__ __forceinline__ uint32_t round_pair(float low, float high);
 
@@ -57,37 +47,17 @@ __device__ __forceinline__ float exp2_unit(float x) {
     return y;
 }
 
-// 2^x for x <= 127 on the multiply-add units: a cubic on [-1/2, 1/2], relative error 7.5e-5 (bfloat16 rounds by 2e-3),
-// scaled by adding to the exponent bits. Below -126 it gives 2^-126, which no sum notices; from 127 on infinity's
-// exponent or close to it, which no range check overlooks.
-__device__ __forceinline__ float exp2_polynomial(float x) {
+// 2^x on the multiply-add units for x = 254 y - 126, y in [0, 1]: a cubic on [-1/2, 1/2], relative error 7.5e-5
+// (bfloat16 rounds by 2e-3), scaled by adding to the exponent bits. Its ends are 2^-126, which no sum notices, and
+// 2^128 less a little, which no range check overlooks.
+__device__ __forceinline__ float exp2_polynomial(float y) {
     constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
-    x = fminf(fmaxf(x, -126.f), 127.4f);
-    const float shifted = x + kRound;
-    const float fraction = x - (shifted - kRound);
-    float y = fmaf(0.05517132f, fraction, 0.24261054f);
-    y = fmaf(y, fraction, 0.69326099f);
-    y = fmaf(y, fraction, 0.99992811f);
-    return __int_as_float(__float_as_int(y) + (__float_as_int(shifted) << 23));
-}
-
-// The largest of values BEGIN to END, none of them negative; NaN is larger than all numbers.
-template <int BEGIN, int END, int N>
-__device__ __forceinline__ float largest(const float (&values)[N]) {
-    int found[2] = {0, 0};
-#pragma unroll
-    for (int i = BEGIN; i < END; i += 2)
-        found[i / 2 % 2] = __vimax3_s32(found[i / 2 % 2], __float_as_int(values[i]), __float_as_int(values[i + 1]));
-    return __int_as_float(max(found[0], found[1]));
-}
-
-// Whether no value of pairs BEGIN to END passes kMostPair; none is negative, so their bits compare as integers.
-template <typename T, int BEGIN, int END, int N>
-__device__ __forceinline__ bool pairs_in_range(const uint32_t (&pairs)[N]) {
-    uint32_t found[2] = {kMostPair<T>, kMostPair<T>};
-#pragma unroll
-    for (int i = BEGIN; i < END; i += 2) found[i / 2 % 2] = __vimax3_u16x2(found[i / 2 % 2], pairs[i], pairs[i + 1]);
-    return __vmaxu2(found[0], found[1]) == kMostPair<T>;
+    const float shifted = fmaf(y, 254.f, kRound - 126.f);
+    const float fraction = fmaf(y, 254.f, (kRound - 126.f) - shifted);
+    float z = fmaf(0.05517132f, fraction, 0.24261054f);
+    z = fmaf(z, fraction, 0.69326099f);
+    z = fmaf(z, fraction, 0.99992811f);
+    return __int_as_float(__float_as_int(z) + (__float_as_int(shifted) << 23));
 }
 
 __device__ __forceinline__ float quad_max(float x) {
@@ -100,27 +70,36 @@ __device__ __forceinline__ float quad_sum(float x) {
     return x + __shfl_xor_sync(0xffffffff, x, 2);
 }
 
-// Scores of columns from `valid` on become -inf.
+// Scores of columns from `valid` on, the same for the whole warp, become -inf.
 template <int N>
 __device__ __forceinline__ void mask_columns(float (&scores)[N], int valid) {
     const int column = threadIdx.x % 4 * 2;
 #pragma unroll
-    for (int i = 0; i < N; ++i)
-        if (i / 4 * 8 + column + i % 2 >= valid) scores[i] = -INFINITY;
+    for (int first = 0; first < N; first += 16) {
+        if (valid >= 2 * first + 32) continue;
+#pragma unroll
+        for (int i = first; i < first + 16; ++i)
+            if (i / 4 * 8 + column + i % 2 >= valid) scores[i] = -INFINITY;
+    }
 }
 
 struct Softmax {
+    static constexpr float kUnit = 1.f / 254.f;  // `exp2_polynomial`'s
+
     float scale_log2;
+    float scale_unit;
     float reference[2];  // subtracted from the scores, log2 units; 0 after that is a probability of 1
-    float sum[2];        // of this thread's columns
-    float added[2];      // the latest block's part of it
+    float sum[2];    // of this thread's columns
+    float added[2];  // the latest block's part of it
 
-    __device__ __forceinline__ explicit Softmax(float scale) : scale_log2(scale), sum{0.f, 0.f} {}
+    __device__ __forceinline__ Softmax(float scale_log2, float scale_unit)
+        : scale_log2(scale_log2), scale_unit(scale_unit) {}
 
-    // References from the first block of keys; it has a valid column.
+    // References from the first block of keys, which has a valid column; nothing is summed yet.
     template <int N>
     __device__ __forceinline__ void start(const float (&scores)[N]) {
         row_maxima(reference, scores);
+        sum[0] = sum[1] = 0.f;
     }
 
     // Scores BEGIN to END become probabilities; of every 16, EMULATED avoid the special function units.
@@ -128,8 +107,11 @@ struct Softmax {
     __device__ __forceinline__ void exponentials(float (&scores)[N]) {
 #pragma unroll
         for (int i = BEGIN; i < END; ++i) {
-            const float x = fmaf(scores[i], scale_log2, -reference[i / 2 % 2]);
-            scores[i] = i % 16 * EMULATED % 16 < EMULATED ? exp2_polynomial(x) : exp2_unit(x);
+            const float from = reference[i / 2 % 2];
+            if (i % 16 * EMULATED % 16 < EMULATED)  // clamped for free
+                scores[i] = exp2_polynomial(__saturatef(fmaf(scores[i], scale_unit, kUnit * (126.f - from))));
+            else
+                scores[i] = exp2_unit(fmaf(scores[i], scale_log2, -from));
         }
     }
 
@@ -139,6 +121,12 @@ struct Softmax {
         if (BEGIN == 0) added[0] = added[1] = 0.f;
 #pragma unroll
         for (int i = BEGIN; i < END; ++i) added[i / 2 % 2] += scores[i];
+    }
+
+    // Whether what `add` added is in range, infinities and all.
+    template <typename T>
+    __device__ __forceinline__ bool in_range() const {
+        return added[0] + added[1] <= kMostMass<T>;
     }
 
     // References from a block of scores that passed the old ones too far; `factor` is what that makes of earlier sums.
