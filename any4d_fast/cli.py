@@ -200,6 +200,39 @@ def convert(
 
 
 @app.command()
+def profile(
+    views: Annotated[int, typer.Option(help="Views of a sample.", min=1)] = 8,
+    size: Annotated[str, typer.Option(help="HEIGHTxWIDTH in pixels, multiples of 14.")] = "336x518",
+    batch: Annotated[int, typer.Option(help="Samples.", min=1)] = 1,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    modalities: Annotated[
+        str, typer.Option(help="Inputs beside images, comma-separated: rays, depth, poses, flow; or all.")
+    ] = "",
+    checkpoint: Checkpoint = None,
+    preset: Preset = None,
+    device: Device = None,
+    runs: Annotated[int, typer.Option(help="Measured runs.", min=1)] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Time, FLOPs, bytes and distance from the floor of every stage of a forward pass."""
+    with _plain_errors():
+        import json
+
+        from .pipeline import load_model
+        from .profile import profile as measure
+        from .profile import render
+        from .work import MODALITIES
+
+        chosen = _parse_size(size)
+        if not isinstance(chosen, tuple):
+            raise ValueError(f"--size: expected HEIGHTxWIDTH, got {size!r}")
+        names = MODALITIES if modalities == "all" else tuple(name for name in modalities.split(",") if name)
+        model, _ = load_model(checkpoint, preset or (None if checkpoint else "any4d"), device)
+        found = measure(model, views, chosen, batch=batch, modalities=names, dtype=dtype, runs=runs)
+        typer.echo(json.dumps(found.as_dict(), indent=2) if as_json else render(found))
+
+
+@app.command()
 def info() -> None:
     """Versions, GPUs, and which backends can run here."""
     from .info import main as print_info

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from .config import ModalityConfig
+from .host_copy import HostCopies, Outputs
 from .inputs import prepare_views
-from .outputs import postprocess
+from .outputs import ViewFinisher
+from .prepared import PreparedViews
 
 if TYPE_CHECKING:
     from .model import Any4D
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
-CPU_HEAD_BYTES = 1 << 30  # what the dense heads may take at once on a CPU
-GPU_HEAD_SHARE = 0.5  # of the free memory, for the dense heads on a GPU
 
 
 def infer(
@@ -28,6 +28,9 @@ def infer(
     size: int | tuple[int, int] | None = None,
     reference: int = 0,
     minibatch_size: int | None = None,
+    memory_budget: float | None = None,
+    outputs_to: str = "device",
+    cuda_graphs: bool | None = None,
     use_amp: bool = True,
     amp_dtype: str = "bf16",
     apply_mask: bool = True,
@@ -52,7 +55,16 @@ def infer(
         views: one mapping a view; see `any4d_fast.inputs.prepare_views` and docs/inputs.md.
         size: model size: None for the nearest trained one, an int for the long side, or (H, W), multiples of 14.
         reference: whose camera is the world, and on whose pixels scene flow lives.
-        minibatch_size: views that the dense heads take at once; by default what fits into memory.
+        minibatch_size: views that the dense heads take at once; by default what fits into memory. Where memory runs
+            out all the same, they go on with half as many.
+        memory_budget: GiB that this process may hold on the GPU during the call, weights and everything else that is
+            there already included; the dense heads take as many views at once as it leaves room for, one at least.
+            None: half of what is free. On a CPU it is what the heads alone may take, 1 GiB by default.
+            `any4d_fast.memory` counts what a call takes: 26 GB for 1,000 views of 518 x 336, and 8 GB of derived maps.
+        outputs_to: "device", or "cpu" to move the finished outputs of every few views to pinned host memory while the
+            GPU computes the next ones; the outputs of those views share one block of memory.
+        cuda_graphs: replay a captured CUDA graph: where it pays (None), at any size (True), never (False); see
+            `any4d_fast.graphs`. With `outputs_to="cpu"` never.
         use_amp, amp_dtype: mixed precision on a GPU, "bf16", "fp16" or "fp32" (none); a CPU runs in float32.
         apply_mask, mask_edges, edge_normal_threshold, edge_depth_threshold, apply_confidence_mask,
         confidence_percentile, known, original_size: see `any4d_fast.outputs.postprocess`.
@@ -71,6 +83,10 @@ def infer(
         raise ValueError(f"amp_dtype: expected one of {sorted(AMP_DTYPES)}, got {amp_dtype!r}")
     if minibatch_size is not None and minibatch_size < 1:
         raise ValueError(f"minibatch_size: expected at least 1 view, or None, got {minibatch_size}")
+    if memory_budget is not None and not memory_budget > 0:
+        raise ValueError(f"memory_budget: expected a positive number of GiB, or None, got {memory_budget}")
+    if outputs_to not in ("device", "cpu"):
+        raise ValueError(f'outputs_to: expected "device" or "cpu", got {outputs_to!r}')
     device = next(model.parameters()).device
     prepared = prepare_views(
         views,
@@ -86,40 +102,49 @@ def infer(
         patch_size=model.encoder.patch_size,
         device=device,
     )
-    prepared.check_known(known)
-    prepared.check_known(known)  # before the model runs rather than after
-    chunk = minibatch_size or head_chunk(model, prepared.views)
+    # Options are checked before the model runs rather than after.
+    finisher = ViewFinisher(
+        prepared,
+        apply_mask=apply_mask,
+        mask_edges=mask_edges,
+        edge_normal_threshold=edge_normal_threshold,
+        edge_depth_threshold=edge_depth_threshold,
+        apply_confidence_mask=apply_confidence_mask,
+        confidence_percentile=confidence_percentile,
+        known=known,
+        original_size=original_size,
+    )
+    modalities = ModalityConfig(**prepared.geometric_input_config)
     dtype = AMP_DTYPES[amp_dtype] if use_amp and device.type == "cuda" else None
     with torch.no_grad(), _evaluating(model), torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-        raw = model.run(prepared.views, ModalityConfig(**prepared.geometric_input_config), chunk)
+        if outputs_to == "cpu":
+            outputs = _run_to_host(model, prepared, modalities, minibatch_size, memory_budget, finisher)
+        else:
+            raw = model.run(prepared.views, modalities, minibatch_size, None, memory_budget, cuda_graphs)
+            with torch.autocast(device.type, enabled=False):
+                outputs = [finisher(index, view) for index, view in enumerate(raw)]
+    return prepared.in_given_order(outputs)
+
+
+def _run_to_host(
+    model: Any4D,
+    prepared: PreparedViews,
+    modalities: ModalityConfig,
+    minibatch_size: int | None,
+    memory_budget: float | None,
+    finisher: ViewFinisher,
+) -> list[Outputs]:
+    """Outputs are finished and copied to the host chunk by chunk, so that the device holds those of a few views."""
+    device = prepared.views[0]["img"].device
+    copies = HostCopies(device)
+
+    def finish(first: int, chunk: list[Outputs]) -> list[Outputs]:
         with torch.autocast(device.type, enabled=False):
-            return postprocess(
-                raw,
-                prepared,
-                apply_mask=apply_mask,
-                mask_edges=mask_edges,
-                edge_normal_threshold=edge_normal_threshold,
-                edge_depth_threshold=edge_depth_threshold,
-                apply_confidence_mask=apply_confidence_mask,
-                confidence_percentile=confidence_percentile,
-                known=known,
-                original_size=original_size,
-            )
+            return copies.add([finisher(first + i, view) for i, view in enumerate(chunk)])
 
-
-def head_chunk(model: Any4D, views: Sequence[Mapping[str, Tensor]]) -> int:
-    """Views that the dense heads can take at once within the memory that they may use."""
-    batch, _, height, width = views[0]["img"].shape
-    head = model.config.scene.geometry_head
-    # Live at the peak: the input, output and resized copies of the half-width map at full size, in float32,
-    # or the same of the full-width map at 8/14 of the size on either side.
-    pixels = height * width
-    full = 3 * pixels * max(head.feature_dim // 2, 1)
-    eighth = 4 * pixels * head.feature_dim * 64 // 196
-    per_view = 4 * batch * max(full, eighth)
-    device = views[0]["img"].device
-    budget = GPU_HEAD_SHARE * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else CPU_HEAD_BYTES
-    return int(min(max(budget // per_view, 1), len(views)))
+    found = model.run(prepared.views, modalities, minibatch_size, finish, memory_budget)
+    copies.wait()
+    return found
 
 
 @contextlib.contextmanager

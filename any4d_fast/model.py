@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import graphs, head_precision, ops
 from .checkpoint import (
     find_checkpoint,
     load_checkpoint,
@@ -22,16 +21,17 @@ from .checkpoint import (
 )
 from .config import Any4DConfig, ModalityConfig, preset
 from .config_upstream import Config, from_upstream, to_upstream
-from .modules import factors
-from .modules.block import NORM_EPS
-from .modules.dpt import DPTFeatures, DPTRegressor, to_head_dtype, token_maps
-from .modules.encoder import ImageEncoder, grid_of
+from .head_loop import Finish, Outputs, run_heads
+from .modules.block import NORM_EPS, Block
+from .modules.derived import Derived
+from .modules.dpt import DPTFeatures, DPTRegressor
+from .modules.encoder import ImageEncoder, VisionTransformer, grid_of
 from .modules.heads import PoseHead, ScaleHead
 from .modules.modalities import DenseInput, Modalities, ModalityReader, VectorInput, View
 from .modules.multiview import MultiViewTransformer
 from .modules.tokenizers import DenseTokenizer, VectorTokenizer
 
-Outputs = dict[str, Tensor]
+__all__ = ["Any4D", "Outputs"]
 
 
 class Any4D(nn.Module):
@@ -86,6 +86,7 @@ class Any4D(nn.Module):
         )
         self.name = name
         self._build(self.config, fusion_norm_layer)
+        self._graphs = graphs.GraphCache()
         for part, path in (
             (self.encoder, self.config.encoder.pretrained_checkpoint_path),
             (self.info_sharing, self.config.transformer.pretrained_checkpoint_path),
@@ -169,7 +170,9 @@ class Any4D(nn.Module):
         load_tensors(model, tensors, path, strict=strict)
         return model.to(device).eval() if device is not None else model.eval()
 
-    def forward(self, views: list[View], *, minibatch_size: int | None = None) -> list[Outputs]:
+    def forward(
+        self, views: list[View], *, minibatch_size: int | None = None, cuda_graphs: bool | None = None
+    ) -> list[Outputs]:
         """Reconstruct.
 
         Args:
@@ -178,7 +181,10 @@ class Any4D(nn.Module):
                 vectors in the camera frame, `depth_along_ray` [B, H, W, 1] (0: unknown), `camera_pose_quats` [B, 4]
                 (x, y, z, w) and `camera_pose_trans` [B, 3] camera-to-world in OpenCV axes, `is_metric_scale` [B] bool,
                 `radial_scene_flow` [B, H, W, 3] (needs view 0's `pts3d_cam` [B, H, W, 3] and `valid_mask` [B, H, W]).
-            minibatch_size: views that the dense heads take at once; all by default. Results do not depend on it.
+            minibatch_size: views that the dense heads take at once; by default what fits into memory, all when
+                gradients are wanted. Results do not depend on it beyond rounding.
+            cuda_graphs: replay a captured CUDA graph: where it pays (None), at any size (True), never (False); see
+                `any4d_fast.graphs`. Training and torch.compile never do.
 
         Returns:
             One dictionary a view, with `pts3d` (metres, world = view 0's camera), `pts3d_cam`, `ray_directions`,
@@ -189,18 +195,64 @@ class Any4D(nn.Module):
         Raises:
             ValueError: for views that disagree in size or batch, or lack what another input needs.
         """
-        return self.run(views, self.config.modalities, minibatch_size)
+        return self.run(views, self.config.modalities, minibatch_size, cuda_graphs=cuda_graphs)
 
-    def run(self, views: list[View], modalities: ModalityConfig, minibatch_size: int | None) -> list[Outputs]:
-        """`forward` with other modality probabilities than the configuration's (`infer` gives its own)."""
+    def run(
+        self,
+        views: list[View],
+        modalities: ModalityConfig,
+        minibatch_size: int | None,
+        finish: Finish | None = None,
+        memory_budget: float | None = None,
+        cuda_graphs: bool | None = None,
+    ) -> list[Outputs]:
+        """`forward` with other modality probabilities than the configuration's (`infer` gives its own).
+
+        `finish` and `memory_budget` are those of `head_loop.run_heads`; a call with `finish` takes no CUDA graph.
+        """
         grid = self._check(views)
-        tokens = self._tokens(views, modalities, grid)
+
+        def reconstruct(given: list[View]) -> list[Outputs]:
+            return self._reconstruct(given, modalities, grid, minibatch_size, finish, memory_budget)
+
+        if finish is not None or torch.compiler.is_compiling():
+            return reconstruct(views)
+        choice = graphs.wanted(cuda_graphs)
+        if graphs.reasons(self, views, modalities, choice):
+            return reconstruct(views)
+        image = views[0]["img"]
+        heads = head_precision.head_dtype(image, torch.is_autocast_enabled(image.device.type))
+        key = graphs.call_key(views, modalities, minibatch_size, memory_budget, heads)
+        return self._graphs.run(self, key, views, reconstruct, at_once=choice is True)
+
+    def _reconstruct(
+        self,
+        views: list[View],
+        modalities: ModalityConfig,
+        grid: tuple[int, int],
+        minibatch_size: int | None,
+        finish: Finish | None,
+        memory_budget: float | None,
+        narrow_inputs: bool = True,
+    ) -> list[Outputs]:
+        """The call itself; `narrow_inputs` lets the dense tokenizers run in 16 bits."""
+        image = views[0]["img"]
+        dtype = head_precision.head_dtype(image, torch.is_autocast_enabled(image.device.type))
+        flags = None
+        # Where something is drawn at random, running again would draw anew.
+        if narrow_inputs and dtype in head_precision.NARROW and not self.training and graphs.decided(modalities):
+            flags = head_precision.Flags(image.device)
+        tokens = self._tokens(views, modalities, dtype, flags)
         taps, final = self.info_sharing(tokens, len(views))
         if self.config.transformer.indices is None:
             taps = [final, final]
         maps = [tokens, *taps, final] if self.config.transformer.feeds_encoder_map else [*taps, final]
-        with _full_precision(final.device.type):
-            return self._heads(maps, len(views), grid, minibatch_size)
+        del tokens, taps, final
+        outputs = run_heads(self, maps, len(views), grid, minibatch_size, finish, memory_budget, flags)
+        if outputs is not None:
+            return outputs
+        del maps
+        return self._reconstruct(views, modalities, grid, minibatch_size, finish, memory_budget, narrow_inputs=False)
 
     def _check(self, views: list[View]) -> tuple[int, int]:
         """Validate images and return the patch grid."""
@@ -226,16 +278,22 @@ class Any4D(nn.Module):
                 )
         return grid_of(shape[2], shape[3], self.encoder.patch_size)
 
-    def _tokens(self, views: list[View], modalities: ModalityConfig, grid: tuple[int, int]) -> Tensor:
-        """Images and geometric inputs -> fused tokens [B, V*T + 1, C], the scale token last."""
-        given = ModalityReader(modalities, views, self.training).read()
+    def _tokens(
+        self, views: list[View], modalities: ModalityConfig, dtype: torch.dtype, flags: head_precision.Flags | None
+    ) -> Tensor:
+        """Images and geometric inputs -> fused tokens [B, V*T + 1, C], the scale token last.
+
+        With flags the dense tokenizers run in `dtype`.
+        """
+        with torch.autocast(views[0]["img"].device.type, enabled=False):
+            given = ModalityReader(modalities, views, self.training).read()
         images = torch.cat([view["img"] for view in views])  # [V * B, 3, H, W]
         if given.image_mask is not None:
             images = images.masked_fill(~given.image_mask[:, None, None, None], 0.0)
         image_tokens = self.encoder(images)  # [V * B, T, C]
         # Tokenizers and fusion stay in full precision: their LayerNorms see a high variance (upstream does the same).
         with torch.autocast(images.device.type, enabled=False):
-            dense, dense_masks, vectors, vector_masks = self._tokenize_geometry(given, image_tokens)
+            dense, dense_masks, vectors, vector_masks = self._tokenize_geometry(given, image_tokens, dtype, flags)
             norm = self.fusion_norm_layer
             return ops.fuse_tokens(
                 image_tokens,
@@ -252,7 +310,7 @@ class Any4D(nn.Module):
             )
 
     def _tokenize_geometry(
-        self, given: Modalities, image_tokens: Tensor
+        self, given: Modalities, image_tokens: Tensor, dtype: torch.dtype, flags: head_precision.Flags | None
     ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor], list[Tensor | None]]:
         """Features of every modality that somebody gave, with who uses them."""
         dense: list[Tensor] = []
@@ -265,9 +323,15 @@ class Any4D(nn.Module):
             (self.scene_flow_encoder, given.flow),
         ]
         for tokenizer, item in maps:
-            if item is not None:
-                dense.append(_spread(tokenizer(item.maps), item, image_tokens.shape[0]))
-                dense_masks.append(item.mask)
+            if item is None:
+                continue
+            if flags is None:
+                features = tokenizer(item.maps)
+            else:
+                with head_precision.float32_sums():
+                    features = tokenizer(item.maps, dtype, flags.inputs)
+            dense.append(item.spread(features, image_tokens.shape[0]))
+            dense_masks.append(item.mask)
         singles: list[tuple[VectorTokenizer, VectorInput | None]] = [
             (self.depth_scale_encoder, given.depth_scale),
             (self.cam_rot_encoder, given.rotation),
@@ -280,55 +344,67 @@ class Any4D(nn.Module):
                 vector_masks.append(vector.mask)
         return dense, dense_masks, vectors, vector_masks
 
-    def _heads(
-        self, tokens: list[Tensor], num_views: int, grid: tuple[int, int], minibatch_size: int | None
-    ) -> list[Outputs]:
-        """Heads and composition over chunks of views, so that full-resolution maps exist for one chunk only."""
-        patch, scene = self.encoder.patch_size, self.config.scene
-        size = (grid[0] * patch, grid[1] * patch)
-        log_scale = self.scale_head(tokens[-1][:, -1])  # [B, 1]
-        batch = log_scale.shape[0]
-        step = minibatch_size or num_views
-        results: list[Outputs] = []
-        for first in range(0, num_views, step):
-            chunk = slice(first, min(first + step, num_views))
-            maps = to_head_dtype([token_maps(t, chunk, grid, num_views) for t in tokens])
-            geometry = self.dpt_regressor_head(self.dpt_feature_head(maps), size)
-            flow = self.scene_flow_dpt_regressor_head(self.scene_flow_dpt_feature_head(maps), size)
-            rows = maps[-1].permute(0, 2, 3, 1).flatten(1, 2)  # [views * B, T, C]
-            pose = self.pose_head(rows) if scene.pose_head else None
-            stacked = factors.compose(scene, geometry, flow, pose, log_scale)
-            scale = stacked.pop("metric_scaling_factor")
-            for v in range(chunk.stop - chunk.start):
-                view = {key: value[v * batch : (v + 1) * batch] for key, value in stacked.items()}
-                results.append({**view, "metric_scaling_factor": scale})
-        return results
+    def refresh(self) -> None:
+        """Cast and fold the inference weights anew at the next call.
+
+        Changes of parameters are seen by themselves: optimizer steps, `load_state_dict`, any in-place operation, a new
+        tensor in a parameter's place. Only writes through `parameter.data` are not, and need this (or `train()`).
+        """
+        for module in self.modules():
+            if isinstance(kept := getattr(module, "derived", None), Derived):
+                kept.invalidate()
+
+    def train(self, mode: bool = True) -> Any4D:
+        super().train(mode)
+        if mode:
+            self.refresh()
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self._graphs.drop_stale(self)
+        return self
+
+    def recompute_activations(self, *parts: str) -> None:
+        """Choose what a training step computes twice instead of keeping it for the backward pass.
+
+        Gradients are the same. What is kept for backward by a step of 24 views of 518 x 336 (released architecture,
+        bfloat16 autocast, one sample; counted, in GB; weights, their gradients and optimizer states come on top):
+
+        | parts | kept | computed again |
+        |---|---|---|
+        | none | 46.9 | |
+        | "mlp": the hidden rows of every transformer block's MLP | 31.6 | 0.28 TFLOP a view |
+        | "heads": maps of the dense heads, but the inputs of their blocks | 40.0 | 0.40 TFLOP a view |
+        | "mlp", "heads" | 24.7 | 0.68 TFLOP a view |
+        | "blocks": all of the transformer blocks but their inputs | 16.1 | a forward pass without heads |
+        | "blocks", "heads" | 9.2 | a forward pass |
+
+        At its peak a step holds what is kept, the weights (2.3) and what the heads' last stage works on: gradients of
+        the doubled features and of the map that follows (96 MB a view), with "heads" those maps too (183 MB). That is
+        51.5 GB with nothing recomputed, 36.2 with "mlp", 31.4 with "mlp" and "heads", 20.7 with "blocks". With the
+        heads on 8 views at once (`minibatch_size=8` in the call) "mlp", "heads" stays below 30 GB: 28.5.
+
+        Args:
+            parts: any of "mlp", "blocks" and "heads"; none to keep everything. The configuration's options
+                `gradient_checkpointing` and `checkpoint_gradient` set "blocks" and "heads" for parts of the model.
+
+        Raises:
+            ValueError: for another name.
+        """
+        wrong = sorted(set(parts) - {"mlp", "blocks", "heads"})
+        if wrong:
+            raise ValueError(f"parts: expected 'mlp', 'blocks' or 'heads', got {wrong}")
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.recompute_mlp = "mlp" in parts and "blocks" not in parts
+            elif isinstance(module, (VisionTransformer, MultiViewTransformer)):
+                module.gradient_checkpointing = "blocks" in parts
+            elif isinstance(module, (DPTFeatures, DPTRegressor)):
+                module.checkpoint_gradient = "heads" in parts
 
     def infer(self, views: list[View], **options: Any) -> list[Outputs]:
         """Reconstruct from what a person has; see `any4d_fast.inference.infer` for every option."""
         from .inference import infer
 
         return infer(self, views, **options)
-
-
-def _spread(features: Tensor, item: DenseInput, rows: int) -> Tensor:
-    """Features of the views that gave a map, placed among all views; the others' rows are masked out later."""
-    per_view = features.shape[0] // len(item.views)
-    if features.shape[0] == rows:
-        return features
-    out = features.new_zeros(rows, *features.shape[1:]).unflatten(0, (-1, per_view))
-    index = torch.tensor(item.views, device=features.device)
-    return out.index_copy(0, index, features.unflatten(0, (-1, per_view))).flatten(0, 1)
-
-
-@contextlib.contextmanager
-def _full_precision(device_type: str) -> Iterator[None]:
-    """Heads run outside autocast, with TF32 matmuls where the caller asked for mixed precision (as upstream)."""
-    mixed = torch.is_autocast_enabled(device_type)
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = before or mixed
-    try:
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before

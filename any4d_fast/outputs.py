@@ -72,37 +72,75 @@ def postprocess(
     if len(raw_outputs) != len(prepared.views):
         fail("raw_outputs", f"one dictionary for each of {len(prepared.views)} views", f"{len(raw_outputs)}",
              "pass what model.forward returned for prepared.views")  # fmt: skip
-    if not 0 <= confidence_percentile <= 100:
-        fail("confidence_percentile", "0 to 100", describe(confidence_percentile), "it is a percentage")
-    for name, value in (
-        ("edge_normal_threshold", edge_normal_threshold),
-        ("edge_depth_threshold", edge_depth_threshold),
-    ):
-        if not value > 0:
-            fail(name, "a positive number", describe(value), "use mask_edges=False to keep every edge")
-    prepared.check_known(known)
-    results = []
-    for index, raw in enumerate(raw_outputs):
-        out = _derive(dict(raw), prepared, index, keep=known == "keep")
+    finish = ViewFinisher(
+        prepared,
+        apply_mask=apply_mask,
+        mask_edges=mask_edges,
+        edge_normal_threshold=edge_normal_threshold,
+        edge_depth_threshold=edge_depth_threshold,
+        apply_confidence_mask=apply_confidence_mask,
+        confidence_percentile=confidence_percentile,
+        known=known,
+        original_size=original_size,
+    )
+    return prepared.in_given_order([finish(index, raw) for index, raw in enumerate(raw_outputs)])
+
+
+class ViewFinisher:
+    """`postprocess` view by view: `finisher(index, raw)` with the model's index of the view."""
+
+    def __init__(
+        self,
+        prepared: PreparedViews,
+        *,
+        apply_mask: bool = True,
+        mask_edges: bool = True,
+        edge_normal_threshold: float = 5.0,
+        edge_depth_threshold: float = 0.03,
+        apply_confidence_mask: bool = False,
+        confidence_percentile: float = 10,
+        known: str = "hint",
+        original_size: bool = False,
+    ) -> None:
+        """Options and errors are those of `postprocess`."""
+        if not 0 <= confidence_percentile <= 100:
+            fail("confidence_percentile", "0 to 100", describe(confidence_percentile), "it is a percentage")
+        for name, value in (
+            ("edge_normal_threshold", edge_normal_threshold),
+            ("edge_depth_threshold", edge_depth_threshold),
+        ):
+            if not value > 0:
+                fail(name, "a positive number", describe(value), "use mask_edges=False to keep every edge")
+        prepared.check_known(known)
+        self.prepared = prepared
+        self.apply_mask = apply_mask
+        self.normal_threshold = edge_normal_threshold if mask_edges else None
+        self.depth_threshold = edge_depth_threshold
+        self.percentile = confidence_percentile if apply_confidence_mask else None
+        self.keep = known == "keep"
+        self.original_size = original_size
+
+    def __call__(self, index: int, raw: dict[str, Tensor]) -> dict[str, Tensor]:
+        prepared = self.prepared
+        out = _derive(dict(raw), prepared, index, keep=self.keep)
         mask = None
-        if apply_mask:
+        if self.apply_mask:
             mask = output_mask(
                 out,
-                normal_threshold=edge_normal_threshold if mask_edges else None,
-                depth_threshold=edge_depth_threshold,
-                confidence_percentile=confidence_percentile if apply_confidence_mask else None,
+                normal_threshold=self.normal_threshold,
+                depth_threshold=self.depth_threshold,
+                confidence_percentile=self.percentile,
             )
-        if original_size:
-            _to_given_size(out, prepared, index, keep=known == "keep")
+        if self.original_size:
+            _to_given_size(out, prepared, index, keep=self.keep)
         if mask is not None:
-            if original_size:
+            if self.original_size:
                 mask = resize_nearest(mask, prepared.sizes[index].given)
             out["mask"] = mask
             for key in _MASKED_KEYS:
                 if key in out:
                     out[key] = torch.where(mask, out[key], 0)
-        results.append(out)
-    return prepared.in_given_order(results)
+        return out
 
 
 def _derive(out: dict[str, Tensor], prepared: PreparedViews, index: int, *, keep: bool) -> dict[str, Tensor]:

@@ -1,24 +1,32 @@
-"""The whole model: forward at 2, 8 and 41 views of 518 x 336 with random weights, and a training step of 24 views.
+"""The whole model: forward at 2 to 200 views of 518 x 336 with random weights, and a training step of 24 views.
 
 Providers: PyTorch in eager mode under bfloat16 autocast (upstream's policy), torch.compile of that with CUDA graphs (at
-one number of views: it takes a minute or more to compile), the original code when a checkout is given, and ours.
-Accuracy of every output has a line of its own. Memory includes weights and inputs.
+one number of views: it takes a minute or more to compile), the original code when a checkout is given, and ours: by
+itself ("auto", which takes CUDA graphs where they pay), without graphs ("nograph"), and on one kind of kernels.
+Accuracy of every output has a line of its own. Memory includes weights and inputs. ANY4D_FAST_BENCH_VIEWS=1000 adds a
+case of so many views, ours only. `--only ", 8 views"` chooses by number, `--only "fwd|step"` by either text.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from any4d_fast import Any4D, use_backend
+from any4d_fast import Any4D, use_backend, work
+from any4d_fast.backends import BackendError
+from any4d_fast.config import preset as config_of
+from any4d_fast.graphs import cuda_graphs
+from any4d_fast.modules.derived import Derived
+from any4d_fast.profile import make_views as make_given
 
 from . import upstream
-from .harness import FULL, Case, Function, Maker, Sizes, random
+from .harness import FULL, Case, Function, Maker, Sizes, Unavailable, random
 
 Views = list[dict[str, Any]]
 
@@ -40,19 +48,26 @@ CHANCE = 1.1  # two bfloat16 runs that round at different places differ by a few
 SMALL_SAMPLE = 3.0  # the ratio of two errors over n numbers scatters by 1 / sqrt(n); three standard deviations
 PEER_SLACK = 2.0  # a compiler rounds at other places again; its error stands beside its time
 TRAINING_VIEWS = 24
+BETWEEN = (24,)  # beside the harness's three numbers of views
+MANY = (100, 200)
+COMPILED = 8
+GRAPHS_UP_TO = 24  # views that `auto` replays a graph for; beyond, "nograph" would be the same
+BACKENDS = ("triton", "cuda")
+ALL = "all inputs"
 GATE_VIEWS = 2  # gradients are checked at few views: a float32 step of 24 would need more memory than the GPU has
 CALCULATED_SIZE = (336, 518)
 
 
-def flops(views: int, sizes: Sizes, preset: str) -> float:
+def flops(views: int, sizes: Sizes, preset: str, given: bool = False) -> float:
     """Of a forward pass at 518 x 336: encoder 0.615 TFLOP a view, transformer 0.332, heads 0.408, and 0.0291 TFLOP for
-    every pair of views in global attention (12 blocks). 0 where that was not calculated.
+    every pair of views in global attention (12 blocks); the tokenizers of all inputs, where given. 0 at other sizes.
 
     Upstream's arithmetic is the yardstick for all; ours does 1 % less (1x1 convolutions before the resize).
     """
     if preset != "any4d" or (sizes.height, sizes.width) != CALCULATED_SIZE:
         return 0.0
-    return 1.355e12 * views + 0.0291e12 * views**2
+    call = work.Call(config_of(preset), 1, views, sizes.height // 14, sizes.width // 14, work.MODALITIES * given)
+    return 1.355e12 * views + 0.0291e12 * views**2 + work.count(call)[work.TOKENIZERS].flops
 
 
 @functools.lru_cache(maxsize=1)
@@ -62,7 +77,18 @@ def load(preset: str, device: str) -> Any4D:
         return Any4D.from_preset(preset).to(device).eval()
 
 
-def make_views(sizes: Sizes, count: int) -> Views:
+def forget(preset: str, device: str) -> None:
+    """Drop graphs and inference weights, so that every provider is charged for its own."""
+    model = load(preset, device)
+    model._graphs.clear()
+    for module in model.modules():
+        if isinstance(kept := getattr(module, "derived", None), Derived):
+            kept.clear()
+
+
+def make_views(sizes: Sizes, count: int, given: bool = False) -> Views:
+    if given:
+        return make_given(1, count, sizes.height, sizes.width, work.MODALITIES, torch.device(sizes.device))
     shape = (1, 3, sizes.height, sizes.width)
     return [{"img": random(*shape, device=sizes.device, seed=v), "data_norm_type": ["dinov2"]} for v in range(count)]
 
@@ -80,10 +106,10 @@ def float32() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def mixed(sizes: Sizes, backend: str | None) -> Iterator[None]:
+def mixed(sizes: Sizes, backend: str | None, graphs: bool | None = None) -> Iterator[None]:
     """Upstream's policy: bfloat16 autocast, and TF32 (which the session allows) for what runs outside of it."""
     device = torch.device(sizes.device).type
-    with torch.autocast(device, dtype=torch.bfloat16), use_backend(backend):
+    with torch.autocast(device, dtype=torch.bfloat16), use_backend(backend), cuda_graphs(graphs):
         yield
 
 
@@ -104,14 +130,17 @@ def gradient_budgets(errors: Sequence[float], outputs: Sequence[Tensor]) -> list
 
 def resident_gb(preset: str, sizes: Sizes) -> Callable[[Views], float]:
     def count(views: Views) -> float:
-        tensors = [*load(preset, sizes.device).state_dict(keep_vars=True).values(), *(v["img"] for v in views)]
+        given = [t for view in views for t in view.values() if isinstance(t, Tensor)]
+        tensors = [*load(preset, sizes.device).state_dict(keep_vars=True).values(), *given]
         unique = {t.data_ptr(): t.numel() * t.element_size() for t in tensors}  # heads have aliases
         return sum(unique.values()) / 1e9
 
     return count
 
 
-def inference(model: Callable[[], Callable[..., Any]], sizes: Sizes, backend: str | None) -> Maker:
+def inference(
+    model: Callable[[], Callable[..., Any]], sizes: Sizes, backend: str | None, graphs: bool | None = None
+) -> Maker:
     """Provider of a forward pass; `model` is called once a case, outside of what is timed."""
     build = functools.lru_cache(maxsize=1)(model)
 
@@ -119,8 +148,11 @@ def inference(model: Callable[[], Callable[..., Any]], sizes: Sizes, backend: st
         network = build()
 
         def run() -> Any:
-            with torch.no_grad(), mixed(sizes, backend):
-                return network(views)
+            try:
+                with torch.no_grad(), mixed(sizes, backend, graphs):
+                    return network(views)
+            except BackendError as reason:
+                raise Unavailable(str(reason)) from reason
 
         return run
 
@@ -171,15 +203,29 @@ def compiled_model(preset: str, device: str) -> Callable[..., Any]:
     return run
 
 
-def forward_case(sizes: Sizes, count: int, preset: str, compile_it: bool) -> Case:
+def own_providers(ours: Callable[[], Any4D], sizes: Sizes, count: int, given: bool) -> dict[str, Maker]:
+    """Ours as it chooses by itself, then in parts."""
+    found = {"any4d_fast:auto": inference(ours, sizes, None)}
+    if count <= GRAPHS_UP_TO:
+        found["any4d_fast:nograph"] = inference(ours, sizes, None, False)
+    if not given and sizes.device == "cuda":
+        found |= {f"any4d_fast:{name}": inference(ours, sizes, name) for name in BACKENDS}
+    return found
+
+
+def forward_case(
+    sizes: Sizes, count: int, preset: str, given: bool = False, gate: Case | None = None, peers: bool = True
+) -> Case:
+    """Forward at `count` views, with `given` of all inputs; checked at the gate's size where that is named."""
     ours = functools.partial(load, preset, sizes.device)
     providers = {"eager": inference(ours, sizes, "eager")}
-    if compile_it:
+    if count == COMPILED and not given:
         compile_ours = functools.partial(compiled_model, preset, sizes.device)
         providers["compile"] = inference(compile_ours, sizes, "eager")
-    if upstream.requested():
+    if upstream.requested() and not given:
         providers["upstream"] = inference(lambda: upstream.same_model(ours(), sizes.device), sizes, None)
-    providers["any4d_fast:auto"] = inference(ours, sizes, None)
+    own = own_providers(ours, sizes, count, given)
+    providers = {**providers, **own} if peers else {"any4d_fast:auto": own["any4d_fast:auto"]}
 
     def oracle(views: Views) -> list[Tensor]:
         with torch.no_grad(), float32():
@@ -188,18 +234,20 @@ def forward_case(sizes: Sizes, count: int, preset: str, compile_it: bool) -> Cas
     return Case(
         "any4d",
         "fwd",
-        sizes.image,
-        functools.partial(make_views, sizes, count),
+        f"{sizes.image} {ALL}" if given else sizes.image,
+        functools.partial(make_views, sizes, count, given),
         providers,
-        oracle,
-        flops=flops(count, sizes, preset),
+        oracle if gate is None else None,
+        flops=flops(count, sizes, preset, given),
         views=count,
         suite="model",
         compare=by_output,
         budgets=output_budgets,
         peer_slack=PEER_SLACK,
-        outputs=tuple(UPSTREAM_ERRORS),
+        outputs=tuple(UPSTREAM_ERRORS) if gate is None else (),
+        gate=gate,
         resident_gb=resident_gb(preset, sizes),
+        reset=functools.partial(forget, preset, sizes.device),
     )
 
 
@@ -233,14 +281,28 @@ def step_case(sizes: Sizes, count: int, preset: str, gate: Case | None) -> Case:
         peer_slack=PEER_SLACK,
         gate=gate,
         resident_gb=resident_gb(preset, sizes),
+        reset=functools.partial(forget, preset, sizes.device),
     )
 
 
-def cases(sizes: Sizes = FULL, preset: str = "any4d", training_views: int = TRAINING_VIEWS) -> list[Case]:
-    many, some, few = sizes.views
-    found = [forward_case(sizes, count, preset, count == some) for count in (few, some, many)]
-    gate = step_case(sizes, GATE_VIEWS, preset, None)
-    return [*found, step_case(sizes, training_views, preset, gate)]
+def cases(
+    sizes: Sizes = FULL,
+    preset: str = "any4d",
+    training_views: int = TRAINING_VIEWS,
+    between: Sequence[int] = BETWEEN,
+    many: Sequence[int] = MANY,
+) -> list[Case]:
+    """Small numbers of views first; a size that float32 does not fit into memory at is checked at a smaller one."""
+    largest, some, few = sizes.views
+    checked = [forward_case(sizes, count, preset) for count in sorted({few, some, *between, largest})]
+    gate = forward_case(sizes, some, preset)
+    unchecked = [forward_case(sizes, count, preset, gate=gate) for count in many]
+    extra = int(os.environ.get("ANY4D_FAST_BENCH_VIEWS", "0"))
+    if extra:
+        unchecked.append(forward_case(sizes, extra, preset, gate=gate, peers=False))
+    given = [forward_case(sizes, count, preset, given=True) for count in sorted({few, some, largest})]
+    step = step_case(sizes, training_views, preset, step_case(sizes, GATE_VIEWS, preset, None))
+    return [*checked, *given, step, *unchecked]
 
 
 def test_model(case: Case, provider: str, bench: Callable[[Case, str], None]) -> None:

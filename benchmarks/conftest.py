@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("any4d_fast benchmarks")
     group.addoption("--providers", default="", help="comma-separated providers to time, e.g. eager,any4d_fast")
     group.addoption("--quick", action="store_true", help="leave out what is compiled by torch.compile, and the model")
+    group.addoption(
+        "--budget-seconds",
+        type=float,
+        default=float("inf"),
+        help="begin no case after this long; what is left is skipped",
+    )
     group.addoption("--upstream", default="", metavar="PATH", help="checkout of the original code to time beside ours")
     group.addoption("--dinov2", default="", metavar="PATH", help="checkout of DINOv2 for --upstream")
 
@@ -37,7 +44,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 class _Current:
     """The session of the case at hand; the one before is let go first, so that its memory is free."""
 
-    session: Session | None = None
+    def __init__(self, budget_seconds: float) -> None:
+        self.session: Session | None = None
+        self.begun, self.budget_seconds = time.monotonic(), budget_seconds
+
+    def begins_too_late(self, case: Case) -> bool:
+        """Whether the time is over; a case that has begun is finished, so that its providers stay comparable."""
+        begun = self.session is not None and self.session.case is case
+        return not begun and time.monotonic() - self.begun > self.budget_seconds
 
     def of(self, case: Case) -> Session:
         if self.session is None or self.session.case is not case:
@@ -49,10 +63,10 @@ class _Current:
 
 
 @pytest.fixture(scope="session")
-def current() -> _Current:
+def current(request: pytest.FixtureRequest) -> _Current:
     if torch.cuda.is_available():
         record(ceilings())
-    return _Current()
+    return _Current(request.config.getoption("budget_seconds"))
 
 
 @pytest.fixture
@@ -73,6 +87,8 @@ def bench(benchmark: Any, current: _Current, request: pytest.FixtureRequest) -> 
             pytest.skip(f"--providers names {', '.join(chosen)}")
         if config.getoption("quick") and (name == "compile" or case.suite == "model"):
             pytest.skip("left out by --quick")
+        if current.begins_too_late(case):
+            pytest.skip(f"--budget-seconds: {current.budget_seconds:g} s have passed")
         try:
             rows, function = current.of(case).measure(provider)
         except Unavailable as reason:

@@ -106,6 +106,7 @@ class Case:
         outputs: names of the compared outputs, when each is to have its own line in the results.
         gate: a smaller case with the same providers that is checked instead, where this size has no oracle.
         resident_gb: memory that a run needs and that `inputs` or a cache already hold; counted into the peak.
+        reset: called before a provider is measured, to drop what another one left behind.
     """
 
     op: str
@@ -127,9 +128,11 @@ class Case:
     outputs: Sequence[str] = ()
     gate: Case | None = None
     resident_gb: Callable[[Any], float] = field(default=lambda inputs: 0.0)
+    reset: Callable[[], None] = field(default=lambda: None)
 
     def __str__(self) -> str:
-        return f"{self.op} {self.direction} {self.size}"
+        name = f"{self.op} {self.direction} {self.size}"
+        return f"{name}, {self.views} views" if self.suite == "model" else name
 
 
 def random(*shape: int, device: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -337,6 +340,7 @@ class Session:
         row = functools.partial(Row, case.suite, provider=provider, backend=backend, precision=case.precision,
                                 views=case.views, size=case.size, direction=case.direction)  # fmt: skip
         first = row(case.op)
+        case.reset()
         reserved = self._reserved_gb()
         rows, checks = [first], self.check(name)
         for output, (error, budget) in zip(case.outputs, checks, strict=False):

@@ -25,6 +25,7 @@ COLOURS = {
     "compile": "#c58f2c",
     "cudnn": "#5b8c3e",
     "flash2": "#2f8f83",
+    "flash_attn": "#5fb0a6",
     "flash4": "#1d6a60",
     "upstream": "#7a5aa8",
     "any4d_fast": "#c0392b",

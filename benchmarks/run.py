@@ -34,8 +34,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--ops", default="", help=f"comma-separated, of: {', '.join(names())}; all by default")
     parser.add_argument("--providers", default="", help="comma-separated providers, e.g. eager,any4d_fast")
-    parser.add_argument("--only", default="", help="only cases whose name (op direction size) contains this text")
+    parser.add_argument("--only", default="", help="cases with this text (or one of several between |) in their name")
     parser.add_argument("--budget-seconds", type=float, default=math.inf, help="no new case after this long")
+    parser.add_argument("--views", type=int, default=0, help="add a forward pass of so many views to the model's cases")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--upstream", default="", metavar="PATH", help="checkout of the original code")
     parser.add_argument("--dinov2", default="", metavar="PATH", help="checkout of DINOv2 for --upstream")
@@ -92,7 +93,7 @@ def run_op(op: str, options: argparse.Namespace) -> tuple[list[Row], list[str]]:
     failures: list[str] = []
     start = time.monotonic()
     for case in importlib.import_module(f"benchmarks.bench_{op}").cases():
-        if options.only not in str(case):
+        if not any(text in str(case) for text in options.only.split("|")):
             continue
         if time.monotonic() - start > options.budget_seconds:
             print(f"{case}: left out, {op} has used its {options.budget_seconds:g} s", flush=True)
@@ -113,6 +114,8 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("upstream", "dinov2"):
         if getattr(options, name):
             os.environ[f"ANY4D_FAST_{name.upper()}"] = getattr(options, name)
+    if options.views:
+        os.environ["ANY4D_FAST_BENCH_VIEWS"] = str(options.views)
     import torch
 
     from benchmarks import results

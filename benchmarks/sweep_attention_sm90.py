@@ -1,6 +1,6 @@
 """Sweep the CUDA attention's configurations on one Hopper GPU: numbers first, then time, beside Triton and cuDNN.
 
-    python benchmarks/sweep_attention_sm90.py sweep.csv [--direction fwd] [--variants 0,3]
+    python benchmarks/sweep_attention_sm90.py sweep.csv [--direction fwd|bwd|fp8] [--variants 0,3]
 
 Every configuration is checked against the float64 oracle in a process of its own (one that deadlocks is reported as
 such); those that pass are timed in one process, inputs rotated, medians. The best go into the launchers by hand.
@@ -23,9 +23,10 @@ if str(Path(__file__).resolve().parent.parent) not in sys.path:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from any4d_fast import _ext, ops  # noqa: E402
-from any4d_fast.cuda import attention, attention_backward  # noqa: E402
+from any4d_fast.cuda import attention, attention_backward, attention_fp8  # noqa: E402
 from any4d_fast.reference.attention import Segments  # noqa: E402
 from any4d_fast.reference.attention import attention as reference  # noqa: E402
+from any4d_fast.reference.attention_fp8 import attention_fp8 as emulation  # noqa: E402
 from any4d_fast.testing import relative_error  # noqa: E402
 from benchmarks.timing import matmul_tflops, time_ms  # noqa: E402
 
@@ -46,6 +47,8 @@ CHECKS = [
 ]
 BUDGET = {torch.bfloat16: 6e-3, torch.float16: 1e-3}
 """Rounding of the output, of the probabilities and of their gradients: two to three units of each dtype."""
+FP8_BUDGET = 1e-2
+"""Of the 8-bit forward against its emulation: ties that fall otherwise, and the units' exponentials."""
 SECONDS_A_CHECK = 120
 
 
@@ -83,6 +86,24 @@ def worst_errors(direction: str, variant: int) -> dict[str, float]:
     return found
 
 
+def worst_errors_fp8(variant: int) -> dict[str, float]:
+    """Relative errors of the 8-bit forward against its emulation, and beside them (not judged) against the oracle."""
+    found: dict[str, float] = {}
+    for seed, (segments, rows) in enumerate(CHECKS):
+        for dtype in (torch.bfloat16, torch.float16):
+            qkv = random_qkv(rows, 3, dtype, seed)
+            out, lse = attention_fp8.forward(qkv, segments.as_list(), SCALE, variant)
+            wanted = emulation(qkv.float(), segments, SCALE, attention_fp8.LINEAR_RUNS[variant])
+            exact = reference(qkv.double(), segments, SCALE, return_lse=True)[0]
+            name = f"{segments.length} {str(dtype).removeprefix('torch.')}"
+            print(f"{name}: {relative_error(out, exact):.4f} of the exact output", file=sys.stderr)
+            for part, value, expected in (("out", out, wanted[0]), ("lse", lse, wanted[1])):
+                error = relative_error(value, expected)
+                if not error <= FP8_BUDGET:
+                    found[f"{name} {part}"] = error
+    return found
+
+
 def check_all(direction: str, variants: list[int]) -> list[int]:
     """Variants whose numbers are right."""
     command = [sys.executable, __file__, "-", "--direction", direction, "--check"]
@@ -105,6 +126,12 @@ def check_all(direction: str, variants: list[int]) -> list[int]:
 
 
 def functions(direction: str, variants: list[int], qkv: Tensor, segments: Segments) -> dict[str, Callable[[], object]]:
+    if direction == "fp8":
+        own = {
+            f"cuda {v}": lambda v=v: attention_fp8.forward(qkv, segments.as_list(), SCALE, v)  # type: ignore[misc]
+            for v in variants
+        }
+        return {**own, "16 bit": lambda: attention.forward(qkv, segments.as_list(), SCALE)}
     if direction == "fwd":
         own = {
             f"cuda {v}": lambda v=v: attention.forward(qkv, segments.as_list(), SCALE, v)  # type: ignore[misc]
@@ -130,25 +157,28 @@ def functions(direction: str, variants: list[int], qkv: Tensor, segments: Segmen
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("csv")
-    parser.add_argument("--direction", choices=("fwd", "bwd"), default="fwd")
+    parser.add_argument("--direction", choices=("fwd", "bwd", "fp8"), default="fwd")
     parser.add_argument("--variants", default="")
     parser.add_argument("--only", default="", help="sizes whose name contains this text")
     parser.add_argument("--check", type=int)
     options = parser.parse_args()
     if options.check is not None:
-        wrong = worst_errors(options.direction, options.check)
+        fp8 = options.direction == "fp8"
+        wrong = worst_errors_fp8(options.check) if fp8 else worst_errors(options.direction, options.check)
         print("; ".join(f"{name} {error:.1e}" for name, error in list(wrong.items())[:12]))
         return 1 if wrong else 0
     extension = _ext.module()
-    name = "attention_forward_variants" if options.direction == "fwd" else "attention_backward_variants"
-    variants = [int(v) for v in options.variants.split(",") if v] or list(range(getattr(extension, name)()))
+    name = {"fwd": "attention_forward", "bwd": "attention_backward", "fp8": "attention_fp8"}[options.direction]
+    variants = [int(v) for v in options.variants.split(",") if v] or list(
+        range(getattr(extension, f"{name}_variants")())
+    )
     good = check_all(options.direction, variants)
     rows = []
     for size, (segments, count, heads) in CASES.items():
         if options.only not in size:
             continue
         qkv = random_qkv(count, heads, torch.bfloat16, 0)
-        flops = (4 if options.direction == "fwd" else 10) * segments.total * segments.length**2 * heads * 64
+        flops = (10 if options.direction == "bwd" else 4) * segments.total * segments.length**2 * heads * 64
         line = []
         for provider, function in functions(options.direction, good, qkv, segments).items():
             try:

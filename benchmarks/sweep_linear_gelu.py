@@ -1,4 +1,4 @@
-"""Check and time layouts of the linear kernels on a GPU: `python -m benchmarks.sweep_linear_gelu [results.csv]`.
+"""Check and time layouts of the linear kernels on a GPU: `python -m benchmarks.sweep_linear_gelu [results.csv [rows]]`.
 
 Every layout is compared with the float64 oracle at two lengths and two seeds before it is timed, because a compiler
 may miscompile one layout and not another. Peers (cuBLAS alone, cuBLAS + GELU, torch.compile) and the matmul ceiling are
@@ -26,7 +26,7 @@ from any4d_fast.testing import relative_error
 from benchmarks.sweep_norms import shown
 from benchmarks.timing import copy_tbps, matmul_tflops, time_ms
 
-ROWS = 36409
+ROWS = int(sys.argv[2]) if len(sys.argv) > 2 and sys.argv[2].isdigit() else 36409
 
 TILES = [
     LinearTile(128, 128, 64, 4, 3, parts=2, programs=2, tma=True),
@@ -41,6 +41,10 @@ TILES = [
     LinearTile(128, 256, 64, 8, 4, parts=2, tma=True),
     LinearTile(256, 128, 64, 8, 3, parts=2, tma=True),
     LinearTile(128, 128, 64, 8, 4, parts=2, tma=True),
+    LinearTile(64, 128, 64, 4, 4, parts=2, programs=2, tma=True),
+    LinearTile(64, 256, 64, 4, 4, parts=2, programs=1, tma=True),
+    LinearTile(128, 128, 64, 8, 5, parts=2, tma=True),
+    LinearTile(128, 64, 64, 4, 4, parts=1, programs=2, tma=True),
     LinearTile(128, 128, 64, 8, 3, parts=2),
     LinearTile(128, 256, 64, 8, 3, parts=2),
 ]
@@ -230,7 +234,7 @@ def main() -> None:
     _tiles(lines, "linear_gelu 768-3072", TILES, size, _gelu_run, _gelu_reference)
     _tiles(lines, "linear_gelu erf 768-3072", TILES[:1], size, erf, _gelu_reference)
     _tiles(lines, "linear_gelu training 768-3072", TILES[:10], size, training, _training_reference)
-    _tiles(lines, "linear_gelu 1024-4096", TILES[:10], wide, _gelu_run, _gelu_reference)
+    _tiles(lines, "linear_gelu 1024-4096", TILES[:16], wide, _gelu_run, _gelu_reference)
     _tiles(lines, "linear_residual 3072-768", TILES, (3072, 768), _residual_run, _residual_reference)
     write(lines)
     _tiles(lines, "linear_gelu 768-3072", SPECIALIZED, size, _gelu_run, _gelu_reference)

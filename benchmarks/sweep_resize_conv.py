@@ -195,9 +195,9 @@ def resizes(x: Tensor, t: Tiles) -> None:
     wave = processors(x.device) * t.per_sm
     total = triton.cdiv(canvas.places, t.pixels)
     count = forward.stretches(total, wave * t.waves, wave)
-    strip = new_strip(canvas, canvas.most_rows(count * t.pixels), CHANNELS, x)
+    strip = new_strip(canvas, canvas.most_rows(count * t.pixels), CHANNELS, x.device, x.dtype)
     for first in range(0, total, count):
-        resize(x, canvas, strip, *canvas.rows(first * t.pixels, min(count, total - first) * t.pixels))
+        resize(x, canvas, strip, *canvas.rows(first * t.pixels, min(count, total - first) * t.pixels), "tf32")
 
 
 def sweep_forward(table: Table) -> None:
@@ -241,7 +241,7 @@ def sweep_backward(table: Table) -> None:
     few = [given[0][:1], *given[1:]]
     exact = run_of(reference, [t.double() for t in few], grad[:1].double())()
     check = budgets(exact, run_of(reference, few, grad[:1])())
-    best = backward.config(torch.float16, CHANNELS, CHANNELS, 0)
+    best = backward.config(False, CHANNELS, CHANNELS, 0)
     configs = [best]
     configs += [best._replace(hidden=best.hidden._replace(stages=4)), best._replace(hidden=best.hidden._replace(bk=32))]
     configs += [best._replace(hidden=Tiles(64, 64, 4, 3, tma=True, pixel_rows=True, per_sm=2))]

@@ -10,7 +10,7 @@ from .results import Row
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 OURS = "any4d_fast"
-VENDORS = ("cudnn", "flash2", "flash4", "cublas")
+VENDORS = ("cudnn", "flash2", "flash_attn", "flash4", "cublas")
 CEILINGS = ("copy", "matmul")
 NOTHING = "No measurement is recorded yet: `make bench`, then `make plots`."
 
@@ -145,7 +145,12 @@ def _error(value: float | None) -> str:
 
 def accuracy_table(rows: list[Row]) -> str:
     """Errors of every output against float32, ours beside plain autocast, by number of views."""
-    outputs = [r for r in rows if r.suite == "model" and "." in r.case and r.error != "" and r.direction == "fwd"]
+    outputs = [
+        r
+        for r in rows
+        if r.suite == "model" and "." in r.case and r.error != "" and r.direction == "fwd" and "inputs" not in r.size
+        if r.provider != OURS or r.backend in ("auto", "")
+    ]
     views = sorted({int(row.views) for row in outputs})
     lines = []
     for (case,), group in grouped(outputs, "case"):

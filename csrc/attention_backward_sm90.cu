@@ -161,7 +161,9 @@ __device__ void compute_dq(S& shared, const Work& work) {
     Turn<S::kDsStages> turn;
     for (;; ++keys.used) {
         barrier_wait(&shared.k_full[keys.stage()], keys.parity());
-        const TilePart& part = shared.part[keys.stage()];
+        // By the lane that gives the slot back: what another lane read would be ordered by the warp alone.
+        TilePart part{};
+        if (lane == 0) part = shared.part[keys.stage()];
         int left = uniform(part.count), block = uniform(part.first);
         if (left == 0) break;
         const int64_t unit = int64_t(uniform(part.unit)) * work.plan.steps;

@@ -13,13 +13,11 @@ constexpr int kGroups = 3;   // computing warpgroups
 constexpr int kQStages = 2;  // the next tile's queries arrive during this one's products
 constexpr int kScheduleBarrier = 1;
 
-// A configuration: slots of the ring, how many of 16 exponentials avoid the special function units, how many of a
-// thread's 64 probabilities are made before it waits for the product of the block before, and whether the next
-// warpgroup may issue its scores before this one's values.
-template <int STAGES_, int EMULATED_, int FIRST_, bool EARLY_ = false>
+// A configuration: slots of the ring, how many of 16 exponentials avoid the special function units, and how many of a
+// thread's 64 probabilities are made before it waits for the product of the block before.
+template <int STAGES_, int EMULATED_, int FIRST_>
 struct Config {
     static constexpr int STAGES = STAGES_, EMULATED = EMULATED_, FIRST = FIRST_;
-    static constexpr bool EARLY = EARLY_;
     // The block after the next is waited for before the block at hand is released.
     static_assert(STAGES >= 3);
 };
@@ -227,9 +225,8 @@ struct Warpgroup {
             pin(p);
             mma_fence();
             issue_scores<T>(scores, q, keys + next.stage * kSlot);
-            if (C::EARLY) turn.pass();
             issue_output<T>(acc, p, values + ring.stage * kSlot, j > 1);
-            if (!C::EARLY) turn.pass();
+            turn.pass();
             uint64_t* const read = &shared.empty[ring.stage];
             ring = next;
             next.advance();

@@ -215,7 +215,7 @@ def finish_row_kernel(
     tl.store(out_quats + row * 4 + 3, tl.div_rn((uw - w * along).to(tl.float32), length).to(quat))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def finish_scale_kernel(log_scale, row_scales, grad_metric, out_scale, rows, batch, scale_row, BLOCK: tl.constexpr):
     """Add the views of one sample: gradient of its log scale."""
     sample = tl.program_id(0).to(tl.int64)

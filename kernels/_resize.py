@@ -1,4 +1,4 @@
-"""Bilinear resizing (align_corners) into a strip of padded pixels, and its transpose.
+"""Bilinear resizing (align_corners) into a strip of padded pixels or a plain map, and its transpose.
 
 A strip is a stretch of all the views' pixels in one line, rows of one map after the other, with one zero pixel after
 each row of W and one zero row after each map. Pixel (n, y, x) has place (n * (H + 1) + y) * (W + 1) + x, and its
@@ -16,26 +16,27 @@ import triton.language as tl
 from torch import Tensor
 
 from ._tf32 import operand
-from .tokenize import precision
+from .aot import AotCase
 
 
 @dataclass(frozen=True)
 class Canvas:
-    """Views of H x W pixels as places of a strip."""
+    """Views of H x W pixels as places of a strip, `gap` zero pixels after each row and rows after each map (1 or 0)."""
 
     views: int
     height: int
     width: int
+    gap: int = 1
 
     @property
     def pitch(self) -> int:
         """Places from one row to the next."""
-        return self.width + 1
+        return self.width + self.gap
 
     @property
     def places(self) -> int:
         """Places of all views, padding included."""
-        return self.views * (self.height + 1) * self.pitch
+        return self.views * (self.height + self.gap) * self.pitch
 
     @property
     def reach(self) -> int:
@@ -63,7 +64,8 @@ def source(position, scale, size):
 @triton.jit(do_not_specialize=["top", "views", "small_h", "small_w", "height", "width"])
 def resize_kernel(
     x_ptr,  # [N, h, w, channels] by strides, unit stride in channels
-    strip_ptr,  # [rows, W + 1, CHANNELS]
+    strip_ptr,  # [rows, W + GAP, CHANNELS]
+    factor_ptr,  # [1] float32, with SCALED
     top,
     views,
     small_h,
@@ -79,13 +81,15 @@ def resize_kernel(
     CHANNELS: tl.constexpr,
     BX: tl.constexpr,
     BC: tl.constexpr,
+    GAP: tl.constexpr,
+    SCALED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The strip is written as matmuls take it: PRECISION is theirs."""
+    """The strip is written as matmuls take it: PRECISION is theirs. SCALED multiplies by a factor first."""
     line = tl.program_id(0)
     row = top + line
-    view = row // (height + 1)
-    y = row - view * (height + 1)
+    view = row // (height + GAP)
+    y = row - view * (height + GAP)
     x = tl.program_id(1) * BX + tl.arange(0, BX)
     c = tl.program_id(2) * BC + tl.arange(0, BC)
     inside = (row >= 0) & (y < height) & (view < views) & (x < width)
@@ -102,10 +106,15 @@ def resize_kernel(
     right = right[:, None]
     left = 1.0 - right
     value = (1.0 - below) * (left * a + right * b) + below * (left * d + right * e)
-    place = line.to(tl.int64) * (width + 1) + x
+    if SCALED:
+        value *= tl.load(factor_ptr)
+    place = line.to(tl.int64) * (width + GAP) + x
     out = strip_ptr + place[:, None] * CHANNELS + c[None, :]
     value = operand(value.to(strip_ptr.dtype.element_ty), PRECISION)
-    tl.store(out, value, mask=(x <= width)[:, None])
+    written = (x < width + GAP)[:, None]
+    if CHANNELS % BC != 0:
+        written = written & (c < CHANNELS)[None, :]
+    tl.store(out, value, mask=written)
 
 
 @triton.jit(do_not_specialize=["origin", "small_h", "small_w", "height", "width", "count_y", "count_x"])
@@ -127,6 +136,7 @@ def resize_transpose_kernel(
     CHANNELS: tl.constexpr,
     BX: tl.constexpr,
     BC: tl.constexpr,
+    GAP: tl.constexpr,
 ):
     """Every input pixel gathers from the at most count_y x count_x output pixels that read it: no atomics."""
     view = tl.program_id(0) // small_h
@@ -134,9 +144,9 @@ def resize_transpose_kernel(
     x = tl.program_id(1) * BX + tl.arange(0, BX)
     c = tl.program_id(2) * BC + tl.arange(0, BC)
     # Readers of pixel y lie strictly between (y - 1) / scale and (y + 1) / scale; 0.01 is for rounding.
-    first_y = tl.maximum(tl.floor((y - 1).to(tl.float32) * inverse_y - 0.01).to(tl.int32), 0)
-    first_x = tl.maximum(tl.floor((x - 1).to(tl.float32) * inverse_x - 0.01).to(tl.int32), 0)
-    strip = strip_ptr + (origin + view.to(tl.int64) * (height + 1) * (width + 1)) * CHANNELS
+    first_y = tl.maximum(tl.ceil((y - 1).to(tl.float32) * inverse_y - 0.01).to(tl.int32), 0)
+    first_x = tl.maximum(tl.ceil((x - 1).to(tl.float32) * inverse_x - 0.01).to(tl.int32), 0)
+    strip = strip_ptr + (origin + view.to(tl.int64) * (height + GAP) * (width + GAP)) * CHANNELS
     total = tl.zeros([BX, BC], tl.float32)
     for j in range(0, count_y):
         out_y = first_y + j
@@ -148,7 +158,7 @@ def resize_transpose_kernel(
                 x0, x1, right = source(out_x, scale_x, small_w)
                 share = tl.where(x0 == x, 1.0 - right, 0.0) + tl.where(x1 == x, right, 0.0)
                 mask = ((out_x < width) & (x < small_w) & (share != 0.0))[:, None] & (c < channels)[None, :]
-                place = out_y.to(tl.int64) * (width + 1) + out_x
+                place = out_y.to(tl.int64) * (width + GAP) + out_x
                 value = tl.load(strip + place[:, None] * CHANNELS + c[None, :], mask=mask, other=0.0)
                 total += (share_y * share)[:, None] * value.to(tl.float32)
     pixel = tl.program_id(0).to(tl.int64) * small_w + x
@@ -162,13 +172,13 @@ _PIXELS, _CHANNELS, _WARPS = 64, 128, 8
 
 
 def resized_pixels(size: int) -> int:
-    """Pixels of a resize's block, from the bytes of an element: 64 of float32 would take 172 registers a thread."""
+    """Pixels of a resize's block, from the wider element's bytes: 64 of float32 would take 172 registers a thread."""
     return _PIXELS if size == 2 else 32
 
 
-def _block(channels: int) -> int:
-    """Channels of one block: the largest power of two that divides them, 128 at most."""
-    return min(channels & -channels, _CHANNELS)
+def channel_block(channels: int) -> int:
+    """Channels of one block: a power of two, 128 at most."""
+    return min(triton.next_power_of_2(channels), _CHANNELS)
 
 
 def scale(size: int, out: int) -> float:
@@ -176,16 +186,28 @@ def scale(size: int, out: int) -> float:
     return (size - 1) / (out - 1) if out > 1 else 0.0
 
 
-def resize(x: Tensor, canvas: Canvas, strip: Tensor, top: int, rows: int) -> None:
-    """Write `rows` rows of the views, from row `top` on, to the start of a strip [places, channels]."""
+def resize(
+    x: Tensor,  # [N, h, w, C], unit stride in C
+    canvas: Canvas,
+    strip: Tensor,  # [places, channels]
+    top: int,
+    rows: int,
+    how: str,
+    factor: Tensor | None = None,  # [1] float32
+) -> None:
+    """Write `rows` rows of the views, from row `top` on, to the start of a strip, times a factor.
+
+    `how` is the precision of the matmuls that read it.
+    """
     _, small_h, small_w, channels = x.shape
     wide = strip.shape[1]
-    block, pixels = _block(wide), resized_pixels(strip.element_size())
-    grid = (rows, triton.cdiv(canvas.pitch, pixels), wide // block)
+    block, pixels = channel_block(wide), resized_pixels(max(x.element_size(), strip.element_size()))
+    grid = (rows, triton.cdiv(canvas.pitch, pixels), triton.cdiv(wide, block))
     resize_kernel[grid](
-        x, strip, top, canvas.views, small_h, small_w, canvas.height, canvas.width, channels, *x.stride()[:3],
-        scale(small_h, canvas.height), scale(small_w, canvas.width),
-        CHANNELS=wide, BX=pixels, BC=block, PRECISION=precision(strip.dtype), num_warps=_WARPS,
+        x, strip, strip if factor is None else factor, top, canvas.views, small_h, small_w, canvas.height,
+        canvas.width, channels, *x.stride()[:3], scale(small_h, canvas.height), scale(small_w, canvas.width),
+        CHANNELS=wide, BX=pixels, BC=block, GAP=canvas.gap, SCALED=factor is not None, PRECISION=how,
+        num_warps=_WARPS,
     )  # fmt: skip
 
 
@@ -194,24 +216,55 @@ def _readers(size: int, out: int) -> tuple[float, float, int]:
     step = scale(size, out)
     if step == 0.0:
         return 0.0, 0.0, out
-    return step, 1.0 / step, min(out, int(2.0 / step + 0.1) + 3)
+    # An open interval of 2 / step holds at most that many whole numbers, rounded up; 0.02 is for its two ends.
+    return step, 1.0 / step, min(out, int(2.0 / step + 0.02) + 1)
 
 
 def resize_transpose(strip: Tensor, canvas: Canvas, origin: int, out: Tensor) -> None:
     """Transpose of `resize`: gradient of the map [N, h, w, C] from that of its views, from place `origin` on."""
     views, small_h, small_w, channels = out.shape
-    wide = strip.shape[1]
-    block = _block(wide)
+    block = channel_block(channels)
     scale_y, inverse_y, count_y = _readers(small_h, canvas.height)
     scale_x, inverse_x, count_x = _readers(small_w, canvas.width)
-    grid = (views * small_h, triton.cdiv(small_w, _PIXELS), wide // block)
+    grid = (views * small_h, triton.cdiv(small_w, _PIXELS), triton.cdiv(channels, block))
     resize_transpose_kernel[grid](
         strip, out, origin, small_h, small_w, canvas.height, canvas.width, channels,
         scale_y, scale_x, inverse_y, inverse_x, count_y, count_x,
-        CHANNELS=wide, BX=_PIXELS, BC=block, num_warps=_WARPS,
+        CHANNELS=strip.shape[1], BX=_PIXELS, BC=block, GAP=canvas.gap, num_warps=_WARPS,
     )  # fmt: skip
 
 
-def new_strip(canvas: Canvas, rows: int, channels: int, like: Tensor) -> Tensor:
+def new_strip(canvas: Canvas, rows: int, channels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Uninitialised strip [rows * (W + 1), channels]."""
-    return torch.empty(rows * canvas.pitch, channels, device=like.device, dtype=like.dtype)
+    return torch.empty(rows * canvas.pitch, channels, device=device, dtype=dtype)
+
+
+def transpose_case(name: str, kind: str, channels: int, gap: int = 1) -> AotCase:
+    """Ahead-of-time case of the transposed resize."""
+    floats = ("scale_y", "scale_x", "inverse_y", "inverse_x")
+    integers = ("origin", "small_h", "small_w", "height", "width", "channels", "count_y", "count_x")
+    types = dict.fromkeys(integers, "i32") | dict.fromkeys(floats, "fp32")
+    return AotCase(
+        name=name,
+        kernel=resize_transpose_kernel,
+        types=types | {"strip_ptr": f"*{kind}", "out_ptr": f"*{kind}"},
+        constants={"CHANNELS": channels, "BX": _PIXELS, "BC": channel_block(channels), "GAP": gap},
+        aligned=("strip_ptr", "out_ptr", "channels"),
+        options={"num_warps": _WARPS},
+    )
+
+
+def resize_case(name: str, kind: str, strip: str, how: str, channels: int, gap: int = 1) -> AotCase:
+    """Ahead-of-time case of the resize; scaled where the strip has another dtype than the map."""
+    integers = ("top", "views", "small_h", "small_w", "height", "width", "channels", "stride_n", "stride_h", "stride_w")
+    types = {"x_ptr": f"*{kind}", "strip_ptr": f"*{strip}", "factor_ptr": "*fp32"} | dict.fromkeys(integers, "i32")
+    size = 4 if "fp32" in (kind, strip) else 2
+    constants = {"CHANNELS": channels, "BX": resized_pixels(size), "BC": channel_block(channels), "GAP": gap}
+    return AotCase(
+        name=name,
+        kernel=resize_kernel,
+        types=types | {"scale_y": "fp32", "scale_x": "fp32"},
+        constants=constants | {"SCALED": strip != kind, "PRECISION": how},
+        aligned=("x_ptr", "strip_ptr", "channels", "stride_n", "stride_h", "stride_w"),
+        options={"num_warps": _WARPS},
+    )

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._resize import Canvas, new_strip, resize, resize_kernel, resized_pixels
+from ._resize import Canvas, new_strip, resize, resize_case
 from ._rows import processors
 from ._tf32 import operand, rounded
 from .aot import AotCase
@@ -133,6 +133,7 @@ def resize_conv_kernel(
     weight1_ptr,  # [16, ROWS], zeros in the padding
     bias1_ptr,  # [cout]
     out_ptr,  # [N, H, W, cout]
+    flag_ptr,  # int32, with CHECK
     start,
     origin,
     count,
@@ -147,10 +148,11 @@ def resize_conv_kernel(
     TMA: tl.constexpr,
     PIXEL_ROWS: tl.constexpr,
     FLATTEN: tl.constexpr,
+    CHECK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """`count` tiles from place `start` on; the strip's first row is place `origin`."""
-    dtype = out_ptr.dtype.element_ty
+    dtype = weight1_ptr.dtype.element_ty
     channel = tl.arange(0, 16)
     hidden = tl.arange(0, ROWS)
     for tile in tl.range(tl.program_id(0), count, tl.num_programs(0), flatten=FLATTEN):
@@ -174,7 +176,11 @@ def resize_conv_kernel(
             result = tl.dot(weight1, features, input_precision=PRECISION) + bias1[:, None]
             out = out_ptr + pixel[None, :] * COUT + channel[:, None]
             mask = inside[None, :] & (channel < COUT)[:, None]
-        tl.store(out, result.to(dtype), mask=mask)
+        if CHECK:
+            lost = (~(tl.abs(result) <= 3.4028234e38)) & mask  # infinity or NaN
+            if tl.max(tl.max(lost.to(tl.int32), axis=1), axis=0) != 0:
+                tl.store(flag_ptr, 1)
+        tl.store(out, result.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def padded(channels: int, step: int) -> int:
@@ -187,14 +193,14 @@ def step_of(t: Tiles, channels: int) -> int:
     return min(t.bk, triton.next_power_of_2(channels))
 
 
-def pack(weight: Tensor, rows: int, channels: int, dtype: torch.dtype) -> Tensor:
-    """[M, C, 3, 3] to [9 * rows, channels], tap after tap, padded with zeros, rounded as matmuls take it."""
+def pack(weight: Tensor, rows: int, channels: int, dtype: torch.dtype, how: str) -> Tensor:
+    """[M, C, 3, 3] to [9 * rows, channels], tap after tap, padded with zeros, rounded for matmuls of that precision."""
     m, c = weight.shape[:2]
     packed = weight.permute(2, 3, 0, 1).reshape(9, m, c).to(dtype)
     if (m, c) != (rows, channels):
         taps, packed = packed, torch.zeros(9, rows, channels, device=weight.device, dtype=dtype)
         packed[:, :m, :c] = taps
-    return rounded(packed.reshape(9 * rows, channels).contiguous(), precision(dtype))
+    return rounded(packed.reshape(9 * rows, channels).contiguous(), how)
 
 
 def pack_rows(vectors: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -225,6 +231,44 @@ def stretches(total: int, limit: int, wave: int) -> int:
     return min(limit, triton.cdiv(triton.cdiv(total, count), wave) * wave)
 
 
+class Layers(NamedTuple):
+    """Both convolutions as the kernel takes them."""
+
+    weight3: Tensor
+    """[9 * rows, channels]"""
+    bias3: Tensor
+    """[1, rows] float32"""
+    weight1: Tensor
+    """[16, rows]"""
+    bias1: Tensor
+    """[Cout]"""
+
+
+def shape_of(weight3: Tensor, dtype: torch.dtype, index: int | None, config: Tiles | None = None) -> tuple[Tiles, int]:
+    """Tile for these layers, and hidden channels as the kernel has them."""
+    rows = max(16, triton.next_power_of_2(weight3.shape[0]))
+    return config or tiles(dtype, rows, index), rows
+
+
+def pack_layers(
+    weight3: Tensor,  # [M, C, 3, 3]
+    bias3: Tensor,  # [M]
+    weight1: Tensor,  # [Cout, M]
+    bias1: Tensor,  # [Cout]
+    dtype: torch.dtype,
+    config: Tiles | None = None,
+) -> Layers:
+    """Layers for maps in `dtype`, on the weights' device."""
+    t, rows = shape_of(weight3, dtype, weight3.device.index, config)
+    channels = padded(weight3.shape[1], step_of(t, weight3.shape[1]))
+    return Layers(
+        pack(weight3, rows, channels, dtype, precision(dtype)),
+        pack_rows(bias3[None], 1, rows, torch.float32),
+        rounded(pack_rows(weight1, COUT, rows, dtype), precision(dtype)),
+        bias1.contiguous(),
+    )
+
+
 def resize_conv_forward(
     x: Tensor,  # [N, h, w, C]
     size: tuple[int, int],
@@ -235,52 +279,65 @@ def resize_conv_forward(
     config: Tiles | None = None,
 ) -> Tensor:
     """[N, H, W, Cout] in x's dtype; one strip of scratch, a few dozen megabytes whatever the number of views."""
+    out = torch.empty(x.shape[0], *size, weight1.shape[0], device=x.device, dtype=x.dtype)
+    if out.numel():
+        t, _ = shape_of(weight3, x.dtype, x.device.index, config)
+        run_layers(x, pack_layers(weight3, bias3, weight1, bias1, x.dtype, t), out, None, t)
+    return out
+
+
+def run_layers(
+    x: Tensor,  # [N, h, w, C]
+    layers: Layers,
+    out: Tensor,  # [N, H, W, Cout]
+    flag: Tensor | None = None,  # [1] int32, set where a result is not finite
+    config: Tiles | None = None,
+) -> None:
+    """The same from packed layers, written to `out` in its own dtype."""
+    size, cout = (out.shape[1], out.shape[2]), out.shape[3]
     canvas = Canvas(x.shape[0], *size)
-    m, cout = weight3.shape[0], weight1.shape[0]
-    out = torch.empty(canvas.views, *size, cout, device=x.device, dtype=x.dtype)
-    if out.numel() == 0:
-        return out
-    x, bias1 = readable(x), bias1.contiguous()
-    rows = max(16, triton.next_power_of_2(m))
+    x = readable(x)
+    rows = layers.weight1.shape[1]
     t = config or tiles(x.dtype, rows, x.device.index)
     step = step_of(t, x.shape[3])
     channels = padded(x.shape[3], step)
     wave = processors(x.device) * t.per_sm
     total = triton.cdiv(canvas.places, t.pixels)
     count = stretches(total, wave * t.waves, wave)
-    strip = new_strip(canvas, canvas.most_rows(min(count, total) * t.pixels), channels, x)
-    bias = pack_rows(bias3[None], 1, rows, torch.float32)
-    last = rounded(pack_rows(weight1, COUT, rows, x.dtype), precision(x.dtype))
-    pixels, weight = operands(strip, pack(weight3, rows, channels, x.dtype), rows, step, t)
+    strip = new_strip(canvas, canvas.most_rows(min(count, total) * t.pixels), channels, x.device, x.dtype)
+    pixels, weight = operands(strip, layers.weight3, rows, step, t)
     with torch.cuda.device_of(x):
         for first in range(0, total, count):
             tiles_now = min(count, total - first)
             start = first * t.pixels
             top, strip_rows = canvas.rows(start, tiles_now * t.pixels)
-            resize(x, canvas, strip, top, strip_rows)
+            resize(x, canvas, strip, top, strip_rows, precision(x.dtype))
             resize_conv_kernel[(min(tiles_now, wave),)](
-                pixels, weight, bias, last, bias1, out, start, top * canvas.pitch, tiles_now, canvas.places, *size,
+                pixels, weight, layers.bias3, layers.weight1, layers.bias1, out, out if flag is None else flag,
+                start, top * canvas.pitch, tiles_now, canvas.places, *size,
                 COUT=cout, ROWS=rows, CHANNELS=channels, BP=t.pixels, BK=step, TMA=t.tma, PIXEL_ROWS=t.pixel_rows,
-                FLATTEN=t.flatten, PRECISION=precision(x.dtype), num_warps=t.warps, num_stages=t.stages,
+                FLATTEN=t.flatten, CHECK=flag is not None, PRECISION=precision(x.dtype), num_warps=t.warps,
+                num_stages=t.stages,
             )  # fmt: skip
-    return out
 
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def _case(kind: str, how: str, rows: int, target: int) -> AotCase:
+def _case(kind: str, how: str, rows: int, target: int, check: bool = False) -> AotCase:
     t = forward_tiles(DTYPES[kind].itemsize, how == "ieee", rows, target)
     step = step_of(t, rows)
     types = dict.fromkeys(("start", "origin", "count", "places", "height", "width"), "i32")
     types |= {name: f"*{kind}" for name in ("weight1_ptr", "bias1_ptr", "out_ptr", "strip", "weight3")}
-    types["bias3_ptr"] = "*fp32"
+    types |= {"bias3_ptr": "*fp32", "flag_ptr": "*i32"}
+    if check:
+        types["out_ptr"] = "*fp32"  # inference keeps what the last matmul summed
     if t.tma:
         types |= {"strip": f"tensordesc<{kind}[{t.pixels}, {step}]>", "weight3": f"tensordesc<{kind}[{rows}, {step}]>"}
     constants: dict[str, object] = {"COUT": 6, "ROWS": rows, "CHANNELS": rows, "BP": t.pixels, "BK": step}
-    constants |= {"TMA": t.tma, "PIXEL_ROWS": t.pixel_rows, "FLATTEN": t.flatten, "PRECISION": how}
+    constants |= {"TMA": t.tma, "PIXEL_ROWS": t.pixel_rows, "FLATTEN": t.flatten, "CHECK": check, "PRECISION": how}
     return AotCase(
-        name=f"resize_conv_{kind}_{how}_{rows}_sm{target}0",
+        name=f"resize_conv_{kind}_{how}_{rows}_sm{target}0{'_checked' if check else ''}",
         kernel=resize_conv_kernel,
         types=types,
         constants=constants,
@@ -295,20 +352,9 @@ def aot_cases() -> list[AotCase]:
     cases = []
     for target in (8, 9, 10):
         cases += [_case(kind, "tf32", 128, target) for kind in DTYPES]
+        cases.append(_case("fp16", "tf32", 128, target, check=True))
         for rows in (32, 64, 256):
             cases += [_case("fp16", "tf32", rows, target), _case("fp32", "tf32", rows, target)]
         cases += [_case("fp32", "ieee", rows, target) for rows in (32, 64, 128, 256)]
-    return cases + [_resize_case(kind, "tf32") for kind in DTYPES] + [_resize_case("fp32", "ieee")]
-
-
-def _resize_case(kind: str, how: str) -> AotCase:
-    integers = ("top", "views", "small_h", "small_w", "height", "width", "channels", "stride_n", "stride_h", "stride_w")
-    types = {"x_ptr": f"*{kind}", "strip_ptr": f"*{kind}"} | dict.fromkeys(integers, "i32")
-    return AotCase(
-        name=f"resize_{kind}_{how}",
-        kernel=resize_kernel,
-        types=types | {"scale_y": "fp32", "scale_x": "fp32"},
-        constants={"CHANNELS": 128, "BX": resized_pixels(DTYPES[kind].itemsize), "BC": 128, "PRECISION": how},
-        aligned=("x_ptr", "strip_ptr", "channels", "stride_n", "stride_h", "stride_w"),
-        options={"num_warps": 8},
-    )
+    cases += [resize_case(f"resize_{kind}_tf32", kind, kind, "tf32", 128) for kind in DTYPES]
+    return [*cases, resize_case("resize_fp32_ieee", "fp32", "fp32", "ieee", 128)]

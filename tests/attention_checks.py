@@ -50,8 +50,8 @@ def sample(rows: int, heads: int, head_dim: int, dtype: torch.dtype, seed: int =
 def skip_unless_offered(backend: str) -> None:
     """Skip, with the backend's reasons, on a machine where it can run no call at all."""
     try:
-        qkv = torch.zeros(1, 3, 1, 64, device=DEVICE, dtype=torch.bfloat16)
-        attention(qkv, segments=Segments(1), backend=backend)
+        qkv = torch.zeros(64, 3, 1, 64, device=DEVICE, dtype=torch.bfloat16)
+        attention(qkv, segments=Segments(64), backend=backend)
     except backends.BackendError as error:
         pytest.skip(str(error))
 

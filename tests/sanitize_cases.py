@@ -266,9 +266,14 @@ def _attention_inputs(
     def call(qkv: Tensor) -> Any:
         # Wider rows than three times the heads: what lies between them must not be touched.
         packed = qkv[:, : 3 * heads].unflatten(1, (3, heads))
-        return ops.attention(
+        out, lse = ops.attention(
             packed, segments=segments, deterministic=deterministic, return_lse=True, backend=BACKEND
         )  # fmt: skip
+        if isinstance(out, Tensor) and out.is_cuda:
+            # initcheck does not see what the copy engine writes, and the backward pass reads the output: an ordinary
+            # write of the same values tells it.
+            out.data.copy_(out.detach().clone())
+        return out, lse
 
     return call, [normal(rows, 3 * heads + 1, 64, dtype=dtype)]
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = Sizes(views=(3, 2, 1), height=28, width=42, device="cpu")
 OPS = [name for name in run.names() if name != "model"]
 TINIEST = Sizes(views=(2, 1, 1), height=14, width=28, device="cpu")  # the interpreter takes seconds for a kernel
-NEEDS_CUDA = ("cudnn", "flash2")
+NEEDS_CUDA = ("cudnn", "flash2", "flash_attn", "flash4")
 
 # The columns that the design lists, in its order.
 COLUMNS = (
@@ -44,9 +44,13 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     monkeypatch.setattr(results, "environment", lambda: {"gpu": "Test GPU", **place})
     monkeypatch.setenv("ANY4D_FAST_RESULTS", str(tmp_path))
     for op, name, value in (
+        ("attention", "LONG_VIEWS", 4),
+        ("attention", "SAMPLED_FROM", 20),
+        ("attention", "SAMPLED_QUERIES", 3),
         ("tokenize", "CHANNELS", 32),
         ("unshuffle_conv", "WIDTH", 16),
         ("linear_gelu", "WIDTHS", (32, 48)),
+        ("resize_bilinear", "CHANNELS", 16),
         ("resize_conv", "CHANNELS", 32),
         ("resize_conv", "HIDDEN", 16),
     ):
@@ -176,6 +180,7 @@ def test_relative_error_agrees_with_the_tests_measure() -> None:
 def test_every_row_of_the_targets_has_a_case() -> None:
     found = {op: [str(case) for case in cases_of(op, harness.FULL)] for op in OPS}
     for size in (
+        "global 88801x12x64",
         "global 36409x12x64",
         "global 7105x12x64",
         "global 1777x12x64",
@@ -204,7 +209,8 @@ def test_cases_are_distinct_and_have_peers_and_work(op: str) -> None:
 
 def test_floors_of_the_design() -> None:
     """Composition at 41 views: about 0.17 ms at 4.26 TB/s; attention at 36,409 tokens: 4.07 TFLOP."""
-    compose, attention = cases_of("compose_factors", harness.FULL)[0], cases_of("attention", harness.FULL)[0]
+    compose = cases_of("compose_factors", harness.FULL)[0]
+    (attention,) = (c for c in cases_of("attention", harness.FULL) if str(c).startswith("attention fwd global 36409x"))
     assert compose.bytes / 4.26e12 * 1e3 == pytest.approx(0.17, rel=0.06)
     assert attention.flops == 4 * 36_409**2 * 768
 
@@ -230,7 +236,7 @@ def test_model_cases_run_at_tiny_sizes(tiny: Path) -> None:
     forward, step = model_cases()
     rows = harness.measure(forward, ["eager", "any4d_fast:auto"])
     assert [r.case for r in rows[:2]] == ["any4d", "any4d.pts3d"] and len(rows) == 2 * (1 + 10)
-    assert rows[0].error == rows[11].error != 0 and rows[0].ms == rows[11].ms == 2.0
+    assert rows[0].error != 0 != rows[11].error and rows[0].ms == rows[11].ms == 2.0
     assert rows[0].peak_gb == pytest.approx(0.25 + sum(p.numel() for p in tiny_model().parameters()) * 4e-9, rel=1e-2)
     (first, ours) = harness.measure(step, ["eager", "any4d_fast:auto"])
     assert first.direction == "step" and first.error == ours.error != 0
@@ -238,9 +244,36 @@ def test_model_cases_run_at_tiny_sizes(tiny: Path) -> None:
 
 
 def model_cases() -> tuple[Case, Case]:
-    cases = bench_model.cases(Sizes(views=(2, 2, 1), height=28, width=28, device="cpu"), "tiny", training_views=1)
-    assert ["compile" in c.providers for c in cases] == [False, True, True, False]
-    return cases[1], cases[3]
+    sizes = Sizes(views=(2, 2, 1), height=28, width=28, device="cpu")
+    cases = bench_model.cases(sizes, "tiny", training_views=1, between=(), many=(3,))
+    assert [(c.views, c.direction, "inputs" in c.size) for c in cases] == [
+        (1, "fwd", False), (2, "fwd", False), (1, "fwd", True), (2, "fwd", True), (1, "step", False), (3, "fwd", False),
+    ]  # fmt: skip
+    return cases[1], cases[4]
+
+
+def test_model_cases_of_the_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANY4D_FAST_BENCH_VIEWS", "1000")
+    found = {str(case): case for case in bench_model.cases()}
+    for views in (2, 8, 24, 41, 100, 200):
+        providers = found[f"any4d fwd 518x336, {views} views"].providers
+        assert {"eager", "any4d_fast:auto", "any4d_fast:triton", "any4d_fast:cuda"} <= set(providers)
+        assert ("compile" in providers) == (views == 8) and ("any4d_fast:nograph" in providers) == (views <= 24)
+    assert list(found["any4d fwd 518x336, 1000 views"].providers) == ["any4d_fast:auto"]
+    assert all(f"any4d fwd 518x336 all inputs, {views} views" in found for views in (2, 8, 41))
+    assert "any4d step 518x336, 24 views" in found
+    assert found["any4d fwd 518x336, 200 views"].gate.views == 8  # type: ignore[union-attr]
+    images, given = (bench_model.flops(41, harness.FULL, "any4d", given) for given in (False, True))
+    assert given / images == pytest.approx(1.06, abs=0.02)
+
+
+def test_model_with_all_inputs_and_a_gate_at_another_size(tiny: Path) -> None:
+    sizes = Sizes(views=(2, 2, 1), height=28, width=28, device="cpu")
+    cases = bench_model.cases(sizes, "tiny", training_views=1, between=(), many=(3,))
+    for case in (cases[2], cases[5]):
+        rows = harness.measure(case, ["eager", "any4d_fast:auto", "any4d_fast:nograph"])
+        assert len(rows) == 3 * (1 if case.gate else 11)
+        assert all(row.error != "" for row in rows)
 
 
 def tiny_model() -> torch.nn.Module:
@@ -277,7 +310,7 @@ def test_run_goes_on_after_a_failure(tiny: Path, capsys: pytest.CaptureFixture[s
 def test_run_lists_chooses_and_refuses(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert run.main(["--list", "--ops", "attention,layer_norm", "--only", "bwd"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 5 + 2 and all(" bwd " in line and ": eager, " in line for line in lines)
+    assert len(lines) == 6 + 2 and all(" bwd " in line and ": eager, " in line for line in lines)
     with pytest.raises(SystemExit):
         run.main(["--ops", "nothing"])
     assert "--ops: expected some of attention, " in capsys.readouterr().err

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from any4d_fast import Any4D
-from any4d_fast.inference import head_chunk
 from any4d_fast.inputs import InputError
 from any4d_fast.testing import relative_error
 from tests.small_models import REPRESENTATIONS, small_config, small_model, small_scene
@@ -299,12 +298,6 @@ def test_minibatches_give_the_same(minibatch_size: int, model: Any4D) -> None:
     # Rounding only: convolutions over another number of images may add in another order.
     given = views("intrinsics")
     check(model.infer(given, minibatch_size=minibatch_size, apply_mask=False), model.infer(given, apply_mask=False))
-
-
-def test_the_head_chunk_fits_its_memory_and_is_never_empty(model: Any4D) -> None:
-    assert head_chunk(model, [{"img": torch.zeros(1, 3, H, W)}] * 5) == 5
-    large = [{"img": torch.zeros(1, 3, 1, 1).expand(64, 3, 5180, 5180)}] * 3
-    assert head_chunk(model, large) == 1
 
 
 @pytest.mark.parametrize("training", [True, False])

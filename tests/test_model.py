@@ -276,6 +276,14 @@ def test_gradient_flows_to_every_parameter_when_everything_is_given() -> None:
     assert without == []
 
 
+def test_all_views_share_one_step_of_the_backward_pass() -> None:
+    """A slice for each view would make gradients of all views' size, as many as there are views."""
+    outputs = small_model().train()(views())
+    for key, value in outputs[0].items():
+        if value.requires_grad:
+            assert len({view[key].grad_fn for view in outputs}) == 1, key
+
+
 def test_a_modality_that_nobody_gave_gets_no_gradient() -> None:
     model = small_model().train()
     given = [{"img": v["img"], "data_norm_type": v["data_norm_type"]} for v in views()]

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from ..ops.attention import Segments
+
+if TYPE_CHECKING:
+    from .packing import BlockWeights
 
 NORM_EPS = 1e-6  # DINOv2's and upstream's epsilon for every LayerNorm
 
@@ -38,15 +44,17 @@ class SelfAttention(nn.Module):
         self.k_norm = nn.LayerNorm(self.head_dim, eps=NORM_EPS) if qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, y: Tensor, segments: Segments, scale: float) -> Tensor:
+    def forward(self, y: Tensor, segments: Segments, scale: float, weights: BlockWeights | None = None) -> Tensor:
         """[R, C] normed rows -> [R, C] branch; rows outside every segment attend to nothing."""
-        qkv = self.qkv(y).view(-1, 3, self.num_heads, self.head_dim)  # [R, 3, heads, head_dim]
+        packed = self.qkv(y) if weights is None else F.linear(y, weights.qkv_weight, weights.qkv_bias)
+        qkv = packed.view(-1, 3, self.num_heads, self.head_dim)  # [R, 3, heads, head_dim]
         if isinstance(self.q_norm, nn.LayerNorm):
             q, k, v = qkv.unbind(1)
             qkv = torch.stack([self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v], dim=1)
         out = ops.attention(qkv, segments=segments, scale=scale)  # [R, heads, head_dim]
         assert isinstance(out, Tensor)
-        result: Tensor = self.proj(out.flatten(1))
+        rows = out.flatten(1)
+        result: Tensor = self.proj(rows) if weights is None else F.linear(rows, weights.proj_weight, weights.proj_bias)
         return result
 
 
@@ -59,7 +67,10 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
-    def forward(self, y: Tensor) -> Tensor:
+    def forward(self, y: Tensor, weights: BlockWeights | None = None) -> Tensor:
+        if weights is not None:
+            hidden = ops.linear_gelu(y, weights.in_weight, weights.in_bias)
+            return F.linear(hidden, weights.out_weight, weights.out_bias)
         hidden = ops.linear_gelu(y, self.fc1.weight.to(y.dtype), self.fc1.bias.to(y.dtype))
         result: Tensor = self.fc2(F.dropout(hidden, self.drop, self.training))
         return result
@@ -74,9 +85,11 @@ class SwiGLU(nn.Module):
         self.w12 = nn.Linear(dim, 2 * hidden)
         self.w3 = nn.Linear(hidden, dim)
 
-    def forward(self, y: Tensor) -> Tensor:
-        gate, value = self.w12(y).chunk(2, dim=-1)
-        result: Tensor = self.w3(F.silu(gate) * value)
+    def forward(self, y: Tensor, weights: BlockWeights | None = None) -> Tensor:
+        both = self.w12(y) if weights is None else F.linear(y, weights.in_weight, weights.in_bias)
+        gate, value = both.chunk(2, dim=-1)
+        hidden = F.silu(gate) * value
+        result: Tensor = self.w3(hidden) if weights is None else F.linear(hidden, weights.out_weight, weights.out_bias)
         return result
 
 
@@ -108,6 +121,7 @@ class Block(nn.Module):
         self.mlp: nn.Module = SwiGLU(dim, hidden) if gated else Mlp(dim, hidden, proj_drop)
         self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
         self.proj_drop = proj_drop
+        self.recompute_mlp = False
 
     def forward(
         self,
@@ -118,6 +132,7 @@ class Block(nn.Module):
         next_norm: nn.LayerNorm,
         row_scales: tuple[Tensor | None, Tensor | None] = (None, None),
         out_dtype: torch.dtype | None = None,
+        weights: BlockWeights | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run the block.
 
@@ -129,14 +144,41 @@ class Block(nn.Module):
             next_norm: the LayerNorm that reads the result.
             row_scales: [R] factors on the two branches (stochastic depth; 0 leaves a row as it is).
             out_dtype: dtype of the second result; that of `y` by default.
+            weights: this block's inference weights. The stream is then overwritten, and `y` and the second result are
+                as `weights` wants them.
 
         Returns:
             The new residual stream and `next_norm` of it.
         """
+        if weights is not None:
+            return self._infer(x, y, segments, scale, row_scales[0], out_dtype or y.dtype, weights)
         branch = F.dropout(self.attn(y, segments, scale), self.proj_drop, self.training)
         x, y = _residual_norm(x, branch, self.ls1, self.norm2, row_scales[0], y.dtype)
-        branch = F.dropout(self.mlp(y), self.proj_drop, self.training)
+        recompute = self.recompute_mlp and self.training
+        branch = checkpoint(self.mlp, y, use_reentrant=False) if recompute else self.mlp(y)
+        branch = F.dropout(branch, self.proj_drop, self.training)
         return _residual_norm(x, branch, self.ls2, next_norm, row_scales[1], out_dtype or y.dtype)
+
+    def _infer(
+        self,
+        x: Tensor,
+        y: Tensor,
+        segments: Segments,
+        scale: float,
+        row_scale: Tensor | None,
+        out_dtype: torch.dtype,
+        weights: BlockWeights,
+    ) -> tuple[Tensor, Tensor]:
+        branch = self.attn(y, segments, scale, weights)
+        gamma, gain, shift = weights.after_attention
+        x, y = ops.residual_norm(
+            x, branch, gamma, gain, shift, NORM_EPS, row_scale=row_scale, inplace=True, out_dtype=y.dtype
+        )
+        branch = self.mlp(y, weights)
+        gamma, gain, shift = weights.after_mlp
+        return ops.residual_norm(
+            x, branch, gamma, gain, shift, NORM_EPS, row_scale=row_scale, inplace=True, out_dtype=out_dtype
+        )
 
 
 def _residual_norm(

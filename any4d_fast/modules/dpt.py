@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..config import DenseHeadConfig
-from ..ops import resize_conv
+from ..ops import resize_bilinear, resize_conv
+from . import dense_inference
+from .dense_inference import CastStore, FeatureWeights, RegressorWeights
 
 
 class ResidualConvUnit(nn.Module):
@@ -33,12 +39,41 @@ class FusionBlock(nn.Module):
             self.resConfUnit1 = ResidualConvUnit(channels)
         self.resConfUnit2 = ResidualConvUnit(channels)
 
-    def forward(self, x: Tensor, finer: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, finer: Tensor | None = None, double: bool = True) -> Tensor:
         if finer is not None:
             x = x + self.resConfUnit1(finer)
         # A 1x1 convolution commutes with bilinear resizing (its weights sum to 1), and costs a quarter before it.
         x = self.out_conv(self.resConfUnit2(x))
-        return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+        return doubled(x) if double else x
+
+
+def doubled(x: Tensor) -> Tensor:
+    """[N, C, h, w] -> [N, C, 2h, 2w], corners aligned."""
+    size = (2 * x.shape[2], 2 * x.shape[3])
+    return resize_bilinear(x.permute(0, 2, 3, 1), size).permute(0, 3, 1, 2)
+
+
+def recomputed(function: Callable[..., Tensor], *args: Tensor | bool | tuple[int, int]) -> Tensor:
+    """`function(*args)`, computed again in the backward pass, where TF32 is allowed then if it is now."""
+    options: dict[str, Any] = {} if torch.compiler.is_compiling() else {"context_fn": _same_precision}
+    out: Tensor = checkpoint(function, *args, use_reentrant=False, **options)
+    return out
+
+
+def _same_precision() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts of the first and of the second computation: a backend is chosen by TF32's setting."""
+    return nullcontext(), matmul_tf32(torch.backends.cuda.matmul.allow_tf32)
+
+
+@contextmanager
+def matmul_tf32(allowed: bool) -> Iterator[None]:
+    """Allow TF32 to float32 matmuls, or not."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 class Scratch(nn.Module):
@@ -60,6 +95,7 @@ class DPTFeatures(nn.Module):
 
     def __init__(self, config: DenseHeadConfig, input_dims: tuple[int, ...]) -> None:
         super().__init__()
+        self.derived: CastStore[FeatureWeights] = CastStore()
         self.hooks = config.hooks
         self.checkpoint_gradient = config.checkpoint_gradient
         widths = config.layer_dims
@@ -77,14 +113,21 @@ class DPTFeatures(nn.Module):
                 layers.append(change)
             self.input_process.append(nn.Sequential(nn.Sequential(*layers), projection))
 
-    def forward(self, maps: list[Tensor]) -> Tensor:
-        """Four [N, C_i, h, w] maps -> [N, feature_dim, 8h, 8w]."""
+    def forward(self, maps: list[Tensor], flag: Tensor | None = None, double: bool = True) -> Tensor:
+        """Four [N, C_i, h, w] maps -> [N, feature_dim, 8h, 8w], or half of that where the regressor is to double it.
 
-        def run(module: nn.Module, *args: Tensor) -> Tensor:
+        With a flag ([1] int32), maps of 16 bits in channels-last memory are computed on in their dtype, without
+        gradients; the flag is set where a value does not fit it.
+        """
+        if flag is not None:
+            weights = self.derived.weights(self, maps[0].dtype, dense_inference.pack_features)
+            last = [m.permute(0, 2, 3, 1) for m in maps]
+            return dense_inference.features(self, weights, last, flag).permute(0, 3, 1, 2)
+
+        def run(module: nn.Module, *args: Tensor | bool) -> Tensor:
             if self.checkpoint_gradient and self.training:
-                out: Tensor = checkpoint(module, *args, use_reentrant=False)
-            else:
-                out = module(*args)
+                return recomputed(module, *args)
+            out: Tensor = module(*args)
             return out
 
         layers = [run(process, maps[hook]) for process, hook in zip(self.input_process, self.hooks, strict=True)]
@@ -93,7 +136,7 @@ class DPTFeatures(nn.Module):
         x = run(self.scratch.refinenet4, layers[3])[:, :, :rows, :columns]
         x = run(self.scratch.refinenet3, x, layers[2])
         x = run(self.scratch.refinenet2, x, layers[1])
-        return run(self.scratch.refinenet1, x, layers[0])
+        return run(self.scratch.refinenet1, x, layers[0], double)
 
 
 class DPTRegressor(nn.Module):
@@ -101,6 +144,7 @@ class DPTRegressor(nn.Module):
 
     def __init__(self, config: DenseHeadConfig) -> None:
         super().__init__()
+        self.derived: CastStore[RegressorWeights] = CastStore()
         first, second = config.hidden_dims or (config.feature_dim // 2, config.feature_dim // 2)
         self.checkpoint_gradient = config.checkpoint_gradient
         self.conv1 = nn.Conv2d(config.feature_dim, first, 3, padding=1)
@@ -108,13 +152,26 @@ class DPTRegressor(nn.Module):
             nn.Conv2d(first, second, 3, padding=1), nn.ReLU(), nn.Conv2d(second, config.output_dim, 1)
         )
 
-    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """[N, feature_dim, 8h, 8w] -> [N, H, W, output_dim]."""
-        features = self.conv1(x).permute(0, 2, 3, 1)
-        weight3, bias3, weight1, bias1 = self.conv2.parameters()
+    @property
+    def doubles(self) -> bool:
+        """Whether it should double the features itself: so that they need not be kept for the backward pass."""
+        return self.checkpoint_gradient and self.training and torch.is_grad_enabled()
+
+    def forward(self, x: Tensor, size: tuple[int, int], flag: Tensor | None = None, double: bool = False) -> Tensor:
+        """[N, feature_dim, 8h, 8w] (or half of that, to be doubled) -> [N, H, W, output_dim].
+
+        With a flag from 16 bits to float32, as `DPTFeatures`.
+        """
+        if flag is not None:
+            weights = self.derived.weights(self, x.dtype, dense_inference.pack_regressor)
+            return dense_inference.regress(weights, x.permute(0, 2, 3, 1), size, flag)
         if self.checkpoint_gradient and self.training:
-            out: Tensor = checkpoint(resize_conv, features, size, weight3, bias3, weight1, bias1, use_reentrant=False)
-            return out
+            return recomputed(self._regress, x, size, double)
+        return self._regress(x, size, double)
+
+    def _regress(self, x: Tensor, size: tuple[int, int], double: bool) -> Tensor:
+        features = self.conv1(doubled(x) if double else x).permute(0, 2, 3, 1)
+        weight3, bias3, weight1, bias1 = self.conv2.parameters()
         return resize_conv(features, size, weight3, bias3, weight1, bias1)
 
 
@@ -130,11 +187,15 @@ def token_maps(tokens: Tensor, views: slice, grid: tuple[int, int], num_views: i
     Returns:
         [views * B, C, rows, columns] in channels-last memory, row v*B + b; the buffer itself where B is 1.
     """
-    batch, _, dim = tokens.shape
     rows, columns = grid
-    maps = tokens[:, : num_views * rows * columns].unflatten(1, (num_views, rows, columns))[:, views]
-    maps = maps.transpose(0, 1).reshape(-1, rows, columns, dim)
+    maps = token_rows(tokens, views, grid, num_views).reshape(-1, rows, columns, tokens.shape[2])
     return maps.permute(0, 3, 1, 2)
+
+
+def token_rows(tokens: Tensor, views: slice, grid: tuple[int, int], num_views: int) -> Tensor:
+    """The same rows as a view of the buffer, [views, B, T, C]."""
+    per_view = grid[0] * grid[1]
+    return tokens[:, : num_views * per_view].unflatten(1, (num_views, per_view))[:, views].transpose(0, 1)
 
 
 def to_head_dtype(maps: list[Tensor]) -> list[Tensor]:

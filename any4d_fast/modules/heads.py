@@ -6,6 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import dense_inference
+from .dense_inference import CastStore, PoseWeights
+
 
 def _pointwise(conv: nn.Conv2d, rows: Tensor) -> Tensor:
     """A 1x1 convolution on token-major rows [..., C]."""
@@ -21,9 +24,13 @@ class ResConvBlock(nn.Module):
         self.res_conv2 = nn.Conv2d(channels, channels, 1)
         self.res_conv3 = nn.Conv2d(channels, channels, 1)
 
+    def convolutions(self) -> tuple[nn.Conv2d, nn.Conv2d, nn.Conv2d]:
+        """In the order in which they run."""
+        return self.res_conv1, self.res_conv2, self.res_conv3
+
     def forward(self, x: Tensor) -> Tensor:
         y = x
-        for conv in (self.res_conv1, self.res_conv2, self.res_conv3):
+        for conv in self.convolutions():
             y = F.relu(_pointwise(conv, y))
         return x + y
 
@@ -33,6 +40,7 @@ class PoseHead(nn.Module):
 
     def __init__(self, dim: int, patch_size: int, num_blocks: int) -> None:
         super().__init__()
+        self.derived: CastStore[PoseWeights] = CastStore()
         width = 4 * patch_size**2
         self.proj = nn.Conv2d(dim, width, 1)
         self.res_conv = nn.ModuleList([ResConvBlock(width) for _ in range(num_blocks)])
@@ -40,12 +48,25 @@ class PoseHead(nn.Module):
         self.fc_t = nn.Linear(width, 3)
         self.fc_rot = nn.Linear(width, 4)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """[N, T, C] -> [N, 7]: translation, then quaternion (x, y, z, w)."""
-        x = _pointwise(self.proj, tokens)
-        for block in self.res_conv:
-            x = block(x)
-        x = self.more_mlps(x.mean(dim=1))
+    def residual_blocks(self) -> list[ResConvBlock]:
+        """In the order in which they run."""
+        return [block for block in self.res_conv if isinstance(block, ResConvBlock)]
+
+    def forward(self, tokens: Tensor, flag: Tensor | None = None) -> Tensor:
+        """[N, T, C] -> [N, 7]: translation, then quaternion (x, y, z, w).
+
+        With a flag ([1] int32), tokens of 16 bits are computed on in their dtype up to the mean over tokens, without
+        gradients, and in float32 from there; the flag is set where a value does not fit.
+        """
+        if flag is not None:
+            weights = self.derived.weights(self, tokens.dtype, dense_inference.pack_pose)
+            mean = dense_inference.pose_features(weights, tokens, flag)
+        else:
+            x = _pointwise(self.proj, tokens)
+            for block in self.res_conv:
+                x = block(x)
+            mean = x.mean(dim=1)
+        x = self.more_mlps(mean)
         return torch.cat([self.fc_t(x), self.fc_rot(x)], dim=1)
 
 

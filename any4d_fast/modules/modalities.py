@@ -1,7 +1,8 @@
 """Which geometric inputs are given, for whom, and their normalisation (paper, section 3.2).
 
 Batches are view-major: row v*B + b is sample b of view v. Outside training no random number is drawn for a
-probability of 0 or 1; in training they are drawn in upstream's order, so that equal seeds drop equal inputs.
+probability of 0 or 1, and then the host neither waits for the device nor sends it anything, so that a CUDA graph can
+capture the whole reader; in training they are drawn in upstream's order, so that equal seeds drop equal inputs.
 """
 
 from __future__ import annotations
@@ -28,6 +29,16 @@ class DenseInput:
     views: list[int]
     maps: Tensor  # [len(views) * B, H, W, channels]
     mask: Tensor  # [V * B] bool
+
+    def spread(self, features: Tensor, rows: int) -> Tensor:
+        """Features of the views that gave a map among all `rows` = V * B; the others' rows are masked out later."""
+        per_view = features.shape[0] // len(self.views)
+        if features.shape[0] == rows:
+            return features
+        # No index tensor: its way to the device would stop the host, and a CUDA graph cannot capture it.
+        given = dict(zip(self.views, features.split(per_view), strict=True))
+        none = features.new_zeros(1).expand(per_view, *features.shape[1:])
+        return torch.cat([given.get(view, none) for view in range(rows // per_view)])
 
 
 @dataclass
@@ -58,9 +69,13 @@ class _Draw:
     def __init__(self, training: bool, batch: int, views: int, device: torch.device) -> None:
         self.training, self.batch, self.views, self.device = training, batch, views, device
 
+    def decided(self, probability: float) -> bool:
+        """Whether nothing is random about it."""
+        return not self.training and probability in (0, 1)
+
     def __call__(self, probability: float, count: int, device: torch.device | None = None) -> Tensor | bool:
         """[count] bool, or one bool for all of them when nothing is random."""
-        if not self.training and probability in (0, 1):
+        if self.decided(probability):
             return bool(probability)
         return torch.rand(count, device=device or self.device) < probability
 
@@ -118,9 +133,20 @@ class ModalityReader:
 
     def _mask(self, views: list[int], use: Tensor | bool) -> Tensor:
         """[V * B]: used, and given by the view."""
-        given = torch.zeros(len(self.views), self.batch, dtype=torch.bool, device=self.device)
-        given[views] = True
+        given = torch.ones(len(self.views), self.batch, dtype=torch.bool, device=self.device)
+        if len(views) < len(self.views):
+            given = self._placed(views, given[: len(views)], torch.zeros_like(given[0]))
         return given.flatten() if isinstance(use, bool) else given.flatten() & use
+
+    def _placed(self, views: list[int], values: Tensor, otherwise: Tensor) -> Tensor:
+        """[V, ...]: row i of `values` for view `views[i]`, `otherwise` for the rest.
+
+        No index tensor: its way to the device would stop the host, and a CUDA graph cannot capture it.
+        """
+        if len(views) == len(self.views):
+            return values
+        given = dict(zip(views, values.unbind(), strict=True))
+        return torch.stack([given.get(view, otherwise) for view in range(len(self.views))])
 
     def _maps(self, views: list[int], key: str, channels: int) -> Tensor:
         """[len(views) * B, H, W, channels] float."""
@@ -145,12 +171,9 @@ class ModalityReader:
 
     def _metric(self) -> Tensor:
         """[V * B] bool: the sample's inputs of this view are in metres."""
-        flags = []
-        for view in self.views:
-            given = view.get("is_metric_scale")
-            none = torch.zeros(self.batch, dtype=torch.bool, device=self.device)
-            flags.append(none if given is None else given.to(self.device).reshape(self.batch).bool())
-        return torch.cat(flags)
+        given = [view.get("is_metric_scale") for view in self.views]
+        none = torch.zeros(self.batch, dtype=torch.bool, device=self.device)
+        return torch.cat([none if g is None else g.to(self.device).reshape(self.batch).bool() for g in given])
 
     def _read_depth(self, out: Modalities, use: Tensor | bool) -> None:
         sparse = self.draw(self.config.sparse_depth_prob, 1, torch.device("cpu"))
@@ -160,28 +183,44 @@ class ModalityReader:
         mask = self._mask(views, use)
         maps = self._dense(views, self._maps(views, "depth_along_ray", 1), mask, use).maps
         metric = self._metric()
-        for row, view in enumerate(views):
-            used = mask[view * self.batch : (view + 1) * self.batch]
-            unknown = self._hidden_scale(used, view)
-            if unknown is not None:
-                metric[unknown] = False
-            if bool(sparse):
-                chunk = slice(row * self.batch, (row + 1) * self.batch)
-                maps[chunk] = self._sparsified(maps[chunk], used)
+        if self.draw.decided(self.config.depth_scale_norm_all_prob) and not bool(sparse):
+            if self.config.depth_scale_norm_all_prob:
+                metric = metric & ~mask
+        else:
+            maps, metric = self._drawn_depth(views, maps, mask, metric, bool(sparse))
         depth, log_scale = ops.normalize_depth(maps)
         out.depth = DenseInput(views, depth, mask)
-        scales = maps.new_zeros(len(self.views), self.batch)
-        scales[views] = log_scale.reshape(len(views), self.batch).to(scales.dtype)
+        known = log_scale.reshape(len(views), self.batch).to(maps.dtype)
+        scales = self._placed(views, known, torch.zeros_like(known[0]))
         out.depth_scale = VectorInput(scales.reshape(-1, 1), mask & metric)
 
-    def _hidden_scale(self, used: Tensor, view: int) -> Tensor | None:
-        """Rows of this view whose depth is given without its metric scale."""
+    def _drawn_depth(
+        self, views: list[int], maps: Tensor, mask: Tensor, metric: Tensor, sparse: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Maps and metric flags after what is drawn view by view, as upstream draws it."""
+        metric = metric.clone()
+        for row, view in enumerate(views):
+            own = slice(view * self.batch, (view + 1) * self.batch)
+            used = mask[own]
+            hidden = self._hidden_scale(used)
+            if hidden is not None:
+                metric[own] &= ~hidden
+            if sparse:
+                chunk = slice(row * self.batch, (row + 1) * self.batch)
+                maps[chunk] = self._sparsified(maps[chunk], used)
+        return maps, metric
+
+    def _hidden_scale(self, used: Tensor) -> Tensor | None:
+        """[B] bool: samples among the used ones whose depth is given without its metric scale; None: no sample."""
         probability = self.config.depth_scale_norm_all_prob
-        rows = used.nonzero()[:, 0] + view * self.batch
+        if self.draw.decided(probability):
+            return used if probability else None
+        rows = used.nonzero()[:, 0]  # one draw for each used sample, as upstream draws
         drawn = self.draw(probability, len(rows), torch.device("cpu"))
-        if isinstance(drawn, bool):
-            return rows if drawn else None
-        return rows[drawn.to(rows.device)]
+        assert isinstance(drawn, Tensor)
+        hidden = torch.zeros_like(used)
+        hidden[rows] = drawn.to(rows.device)
+        return hidden
 
     def _sparsified(self, depth: Tensor, used: Tensor) -> Tensor:
         """Remove a random share of this view's valid pixels, counted over the samples that use depth."""
@@ -220,22 +259,24 @@ class ModalityReader:
         out.translation = VectorInput(trans / per_row, mask)
         out.pose_scale = VectorInput(torch.log(per_row + EPS), mask & metric)
 
+    def _stacked(self, views: list[int], key: str) -> Tensor:
+        """[len(views), B, ...] in the images' dtype."""
+        return torch.stack([self.views[view][key].to(self.device, self.views[0]["img"].dtype) for view in views])
+
     def _relative_poses(self, views: list[int], mask: Tensor) -> tuple[Tensor, Tensor]:
         """Poses in the reference view's camera, [V * B, 4] and [V * B, 3]; identity where they are not used."""
-        dtype = self.views[0]["img"].dtype
-        rows = len(self.views) * self.batch
-        quats = torch.tensor([0.0, 0.0, 0.0, 1.0], device=self.device, dtype=dtype).repeat(rows, 1)
-        trans = torch.zeros(rows, 3, device=self.device, dtype=dtype)
-        q0 = self.views[0]["camera_pose_quats"].to(dtype)
-        t0 = self.views[0]["camera_pose_trans"].to(dtype)
-        inverse = roma.quat_inverse(q0)
+        absolute = self._stacked(views, "camera_pose_quats")  # [n, B, 4]
+        places = self._stacked(views, "camera_pose_trans")  # [n, B, 3]
+        inverse = roma.quat_inverse(absolute[0])
         rotation = roma.unitquat_to_rotmat(inverse / inverse.norm(dim=-1, keepdim=True))  # [B, 3, 3]
-        for view in views:
-            chunk = slice(view * self.batch, (view + 1) * self.batch)
-            quats[chunk] = roma.quat_product(inverse, self.views[view]["camera_pose_quats"].to(dtype))
-            moved = self.views[view]["camera_pose_trans"].to(dtype) - t0
-            trans[chunk] = (rotation @ moved[..., None])[..., 0]
-        identity = quats.new_tensor([0.0, 0.0, 0.0, 1.0])
+        relative = roma.quat_product(inverse.expand_as(absolute), absolute)
+        # Elementwise: a matmul might run in TF32.
+        moved = (rotation * (places - places[0])[..., None, :]).sum(dim=-1)  # [n, B, 3]
+        none = torch.zeros_like(absolute[0])
+        identity = torch.nn.functional.pad(none[:, :3], (0, 1), value=1.0)
+        quats = self._placed(views, relative, identity).flatten(0, 1)
+        trans = self._placed(views, moved, none[:, :3]).flatten(0, 1)
+        identity = identity.repeat(len(self.views), 1)
         return torch.where(mask[:, None], quats, identity), trans.masked_fill(~mask[:, None], 0.0)
 
     def _read_flow(self, out: Modalities, use: Tensor | bool) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -9,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from ..config import TransformerConfig
 from ..ops.attention import Segments, attention_scale
 from .block import NORM_EPS, Block, compute_dtype, layer_norm
+from .derived import Derived, derivable
+from .packing import PackedBlocks, packed_blocks, packed_dtype
 
 
 def sinusoid_table(positions: int, dim: int) -> Tensor:
@@ -28,6 +33,7 @@ class MultiViewTransformer(nn.Module):
         self.config = config
         dim = config.dim
         self.dim = dim
+        self.gradient_checkpointing = config.gradient_checkpointing
         self.proj_embed = nn.Identity() if input_dim == dim else nn.Linear(input_dim, dim)
         self.self_attention_blocks = nn.ModuleList(
             [
@@ -44,6 +50,7 @@ class MultiViewTransformer(nn.Module):
             ]
         )
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.derived = Derived()
         if config.distinguish_ref_and_non_ref_views:
             rows = config.max_num_views_for_pe if config.use_pe_for_non_reference_views else 1
             self.register_buffer("view_pos_table", sinusoid_table(rows, dim))
@@ -52,6 +59,11 @@ class MultiViewTransformer(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self.derived.drop_stale()
+        return self
 
     def forward(self, tokens: Tensor, views: int) -> tuple[list[Tensor], Tensor]:
         """Run all blocks.
@@ -66,29 +78,68 @@ class MultiViewTransformer(nn.Module):
         config = self.config
         batch, rows, _ = tokens.shape
         per_view = (rows - 1) // views
-        x = self.proj_embed(tokens).to(tokens.dtype)
-        x = self._add_view_positions(x, views, per_view)
-        dtype = compute_dtype(x)
-        x = x.flatten(0, 1)  # [B * (V*T + 1), C]
         blocks = [b for b in self.self_attention_blocks if isinstance(b, Block)]
-        y = layer_norm(x, blocks[0].norm1, dtype)
+        dtype = compute_dtype(tokens)
+        packed = self._packed(blocks)
+        x = self._project(tokens, packed is not None)
+        x = self._add_view_positions(x, views, per_view)
+        x = x.flatten(0, 1)  # [B * (V*T + 1), C]
+        y = layer_norm(x, blocks[0].norm1, dtype) if packed is None else packed.first_input(x, dtype)
+        rows_once: tuple[Tensor | None, Tensor | None] | None = None
         taps: list[Tensor] = []
         for i, block in enumerate(blocks):
             frame = config.kind == "alternating_attention" and i % 2 == 1
             segments = Segments.frame(batch, views, per_view, extra=1) if frame else Segments.global_(batch, rows)
-            scales = self._row_scales(x, batch, views, per_view, frame)
+            if packed is None or not frame:
+                scales = self._row_scales(x, batch, views, per_view, frame)
+            else:  # nothing is drawn: the same for all frame blocks
+                scales = rows_once = rows_once or self._row_scales(x, batch, views, per_view, frame)
             last = i + 1 == len(blocks)
             args = (
                 x, y, segments, self._attention_scale(per_view if frame else rows),
                 self.norm if last else blocks[i + 1].norm1, scales, x.dtype if last else dtype,
+                None if packed is None else packed.blocks[i],
             )  # fmt: skip
-            if config.gradient_checkpointing and self.training:
+            if self.gradient_checkpointing and self.training:
                 x, y = checkpoint(block, *args, use_reentrant=False)
             else:
                 x, y = block(*args)
             if config.indices is not None and i in config.indices:
-                taps.append(x if not config.norm_intermediate else y if last else layer_norm(x, self.norm))
+                taps.append(self._tap(x, y, last, packed is not None))
         return [t.view(batch, rows, -1) for t in taps], y.view(batch, rows, -1)
+
+    def _tap(self, x: Tensor, y: Tensor, last: bool, overwritten: bool) -> Tensor:
+        """Features that a dense head reads: the stream, after the final LayerNorm where configured."""
+        if self.config.norm_intermediate:
+            return y if last else layer_norm(x, self.norm)
+        return x.clone() if overwritten and not last else x
+
+    def _packed(self, blocks: list[Block]) -> PackedBlocks | None:
+        """Inference weights, where they may be used: see `packing`."""
+        dtype = packed_dtype(self.norm.weight.device)
+        projection = self.proj_embed
+        plain = type(projection) is nn.Identity or (
+            type(projection) is nn.Linear and derivable(projection.weight, projection.bias)
+        )
+        if dtype is None or self.training or not plain or projection._forward_hooks or projection._forward_pre_hooks:
+            return None
+        return packed_blocks(self.derived, blocks, self.norm, dtype)
+
+    def _project(self, tokens: Tensor, packed: bool) -> Tensor:
+        """[B, rows, C_in] -> [B, rows, C] in the tokens' dtype; with `packed` in memory that may be overwritten."""
+        if not packed:
+            result: Tensor = self.proj_embed(tokens).to(tokens.dtype)
+            return result
+        projection = self.proj_embed
+        if not isinstance(projection, nn.Linear):
+            return tokens.clone()
+        dtype = compute_dtype(tokens)
+        found = self.derived.get(
+            ("projection", dtype, projection.weight.device),
+            lambda: [projection.weight, projection.bias],
+            lambda: [projection.weight.to(dtype), projection.bias.to(dtype)],
+        )
+        return torch.nn.functional.linear(tokens.to(dtype), *found).to(tokens.dtype)
 
     def _attention_scale(self, length: int) -> float:
         config = self.config

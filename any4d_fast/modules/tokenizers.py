@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import ops
+from . import dense_inference
 from .block import NORM_EPS, layer_norm
+from .dense_inference import CastStore, TokenizerWeights
 
 
 class ResidualConv(nn.Module):
@@ -28,6 +31,7 @@ class DenseTokenizer(nn.Module):
 
     def __init__(self, channels: int, dim: int, patch_size: int, widths: tuple[int, ...]) -> None:
         super().__init__()
+        self.derived: CastStore[TokenizerWeights] = CastStore()
         self.patch_size = patch_size
         self.conv_in = nn.Conv2d(channels * patch_size**2, widths[0], 3, padding=1)
         layers: list[nn.Module] = [ResidualConv(a, b) for a, b in zip(widths, widths[1:], strict=False)]
@@ -35,8 +39,20 @@ class DenseTokenizer(nn.Module):
         self.encoder = nn.Sequential(*layers)
         self.norm_layer = nn.LayerNorm(dim, eps=NORM_EPS)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, H, W, channels] -> [N, T, C]."""
+    def units(self) -> list[ResidualConv]:
+        """In the order in which they run."""
+        return [unit for unit in self.encoder if isinstance(unit, ResidualConv)]
+
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None, flag: Tensor | None = None) -> Tensor:
+        """[N, H, W, channels] -> [N, T, C].
+
+        With a dtype of 16 bits and a flag ([1] int32), the maps are computed on in that dtype, without gradients; the
+        flag is set where a value does not fit it. Tokens have the dtype of `x` all the same.
+        """
+        if dtype is not None and flag is not None:
+            weights = self.derived.weights(self, dtype, dense_inference.pack_tokenizer)
+            tokens = dense_inference.tokenize(weights, x, self.patch_size, dtype, flag)
+            return layer_norm(tokens, self.norm_layer, x.dtype)
         conv = self.conv_in
         patches = ops.unshuffle_conv(x, conv.weight, conv.bias, self.patch_size)  # [N, h, w, widths[0]]
         maps = self.encoder(patches.permute(0, 3, 1, 2))  # channels-last memory, [N, C, h, w]

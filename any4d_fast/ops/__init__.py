@@ -16,6 +16,7 @@ from .linear_gelu import linear_gelu, linear_residual
 from .normalize_depth import normalize_depth
 from .recover_intrinsics import recover_intrinsics
 from .residual_norm import residual_norm
+from .resize_bilinear import resize_bilinear
 from .resize_conv import resize_conv
 from .tokenize import tokenize
 from .unproject import unproject
@@ -34,6 +35,7 @@ __all__ = [
     "normalize_depth",
     "recover_intrinsics",
     "residual_norm",
+    "resize_bilinear",
     "resize_conv",
     "tokenize",
     "unproject",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,11 +38,12 @@ def _backward_impl(
     need_weight3: bool,
     need_bias3: bool,
     need_weight1: bool,
+    tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from ..kernels.resize_conv_backward import resize_conv_backward
 
     needed = (need_x, need_weight3, need_bias3, need_weight1)
-    return resize_conv_backward(grad, x, weight3, bias3, weight1, needed)
+    return resize_conv_backward(grad, x, weight3, bias3, weight1, needed, tf32=tf32)
 
 
 def _backward_fake(
@@ -55,6 +56,7 @@ def _backward_fake(
     need_weight3: bool,
     need_bias3: bool,
     need_weight1: bool,
+    tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = torch.float32
     return (
@@ -74,9 +76,32 @@ _forward = define(
 _backward = define(
     "resize_conv_backward",
     "(Tensor grad, Tensor x, Tensor weight3, Tensor bias3, Tensor weight1, bool need_x, bool need_weight3, "
-    "bool need_bias3, bool need_weight1) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool need_bias3, bool need_weight1, bool tf32) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward_impl,
     _backward_fake,
+)
+
+
+def _checked_impl(x: Tensor, size: list[int], packed: list[Tensor], flag: Tensor) -> Tensor:
+    from ..kernels.resize_conv import Layers, run_layers
+
+    layers = Layers(*packed)
+    shape = (x.shape[0], size[0], size[1], layers.bias1.shape[0])
+    out = torch.empty(shape, dtype=torch.float32, device=x.device)
+    if out.numel():
+        run_layers(x, layers, out, flag)
+    return out
+
+
+def _checked_fake(x: Tensor, size: list[int], packed: list[Tensor], flag: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], size[0], size[1], packed[3].shape[0]), dtype=torch.float32)
+
+
+_checked = define(
+    "resize_conv_checked",
+    "(Tensor x, SymInt[] size, Tensor[] packed, Tensor(a!) flag) -> Tensor",
+    _checked_impl,
+    _checked_fake,
 )
 
 
@@ -85,20 +110,21 @@ class _ResizeConv(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, size: list[int], weight3: Tensor, bias3: Tensor, weight1: Tensor, bias1: Tensor
+        ctx: Any, x: Tensor, size: list[int], weight3: Tensor, bias3: Tensor, weight1: Tensor, bias1: Tensor, tf32: bool
     ) -> Tensor:
         ctx.save_for_backward(x, weight3, bias3, weight1)
+        ctx.tf32 = tf32
         ctx.bias1_dtype = bias1.dtype
         return _forward(x, size, weight3, bias3, weight1, bias1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight3, bias3, weight1 = ctx.saved_tensors
-        need_x, _, need_weight3, need_bias3, need_weight1, need_bias1 = ctx.needs_input_grad
+        need_x, _, need_weight3, need_bias3, need_weight1, need_bias1 = ctx.needs_input_grad[:6]
         d_x = d_weight3 = d_bias3 = d_weight1 = d_bias1 = None
         if need_x or need_weight3 or need_bias3 or need_weight1:
             d_x, d_weight3, d_bias3, d_weight1 = _backward(
-                grad, x, weight3, bias3, weight1, need_x, need_weight3, need_bias3, need_weight1
+                grad, x, weight3, bias3, weight1, need_x, need_weight3, need_bias3, need_weight1, ctx.tf32
             )
         if need_bias1:
             d_bias1 = grad.sum((0, 1, 2), dtype=torch.float32).to(ctx.bias1_dtype)
@@ -109,6 +135,7 @@ class _ResizeConv(torch.autograd.Function):
             d_bias3.to(bias3.dtype) if need_bias3 and d_bias3 is not None else None,
             d_weight1.to(weight1.dtype) if need_weight1 and d_weight1 is not None else None,
             d_bias1,
+            None,
         )
 
 
@@ -187,6 +214,9 @@ def resize_conv(
     `torch.backends.cuda.matmul.allow_tf32` for Triton, `torch.backends.cudnn.allow_tf32` for the others. The resized
     map and the hidden map are rounded to x's dtype, so that float16 needs both below 65,504.
 
+    TF32's setting at the time of the call holds for its backward pass too, where Triton multiplies in float16 times
+    powers of two: the same mantissa, and values below 2^-29 of a tensor's largest lose bits.
+
     With Triton no map with C or M channels of the full size exists: it works through a scratch of a few dozen megabytes
     whatever the number of maps. Its backward pass keeps the inputs only and computes the hidden map again, a few maps
     at a time (at most 256 MiB of scratch, or one map's, whichever is more); gradients are bitwise equal from run to
@@ -213,8 +243,75 @@ def resize_conv(
     """
     _check(x, size, weight3, bias3, weight1, bias1)
     # Measured on an H200 (kernels/notes/resize_conv.md): without tensor cores cuDNN is faster by five.
-    first = "cudnn" if _exact(x) else None
+    first = ("cudnn",) if _exact(x) else ()
     if backends.select("resize_conv", backend, x, size, weight3, bias3, weight1, bias1, first=first) != "triton":
         return reference_resize_conv(x, size, weight3, bias3, weight1, bias1)
-    result: Tensor = _ResizeConv.apply(x, list(size), weight3, bias3, weight1.flatten(1), bias1)
+    result: Tensor = _ResizeConv.apply(
+        x, list(size), weight3, bias3, weight1.flatten(1), bias1, torch.backends.cuda.matmul.allow_tf32
+    )
+    return result
+
+
+class Layers(NamedTuple):
+    """Both convolutions of an inference pass, in the dtype of the maps that they will see.
+
+    Attributes:
+        weight3, bias3, weight1, bias1: as `resize_conv` takes them.
+        packed: the same as the Triton kernel takes them; empty where it cannot run.
+    """
+
+    weight3: Tensor
+    bias3: Tensor
+    weight1: Tensor
+    bias1: Tensor
+    packed: list[Tensor]
+
+
+def pack_layers(weight3: Tensor, bias3: Tensor, weight1: Tensor, bias1: Tensor, dtype: torch.dtype) -> Layers:
+    """Convert and pack weights once, for `resize_conv_checked`; shapes as in `resize_conv`."""
+    like = weight3.new_empty((0, 1, 1, weight3.shape[1]), dtype=dtype)
+    _check(like, (1, 1), weight3, bias3, weight1, bias1)
+    flat = weight1.flatten(1)
+    packed: list[Tensor] = []
+    if not _triton_reasons(like, (1, 1), weight3, bias3, flat, bias1):
+        from ..kernels.resize_conv import pack_layers as pack
+
+        packed = list(pack(weight3, bias3, flat, bias1, dtype))
+    return Layers(weight3.to(dtype), bias3.to(dtype), weight1.to(dtype), bias1.to(dtype), packed)
+
+
+def resize_conv_checked(
+    x: Tensor, size: tuple[int, int], layers: Layers, flag: Tensor, *, backend: str | None = None
+) -> Tensor:
+    """`resize_conv` for inference: float32 results from maps of 16 bits, and a flag where one is not finite.
+
+    Not differentiable. The sums of the last convolution are not rounded to x's dtype: what is exponentiated after them
+    should not be. Infinities that the hidden map's dtype makes of large values arrive in the result, so that the flag
+    covers the whole op.
+
+    Args:
+        x: [N, h, w, C].
+        size: (H, W) pixels of the result.
+        layers: from `pack_layers`, for x's dtype.
+        flag: [1] int32 on x's device; set, never cleared.
+        backend: as in `resize_conv`.
+
+    Returns:
+        [N, H, W, Cout] float32 (float64 from float64).
+
+    Raises:
+        ValueError: a shape or dtype is not as above.
+        BackendError: `backend` cannot run this call.
+    """
+    weights = layers[:4]
+    _check(x, size, *weights)
+    if layers.weight3.dtype != x.dtype:
+        raise ValueError(f"layers: expected {x.dtype} like x, got {layers.weight3.dtype}; pack them for this dtype")
+    name = backends.select("resize_conv", backend, x, size, *weights, first=("cudnn",) if _exact(x) else ())
+    if name == "triton" and layers.packed:
+        found: Tensor = _checked(x, list(size), layers.packed, flag)
+        return found
+    result = reference_resize_conv(x, size, *weights)
+    result = result.to(torch.promote_types(x.dtype, torch.float32))
+    flag.logical_or_(~result.isfinite().all())
     return result

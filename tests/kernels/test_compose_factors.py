@@ -283,7 +283,8 @@ def test_maps_off_their_alignment(backend: str) -> None:
             assert torch.equal(actual, expected)
         found = kernels.backward(*shifted, tuple(shift(g) for g in cotangents))
         for actual, expected in zip(found, kernels.backward(*inputs, tuple(cotangents)), strict=True):
-            assert torch.equal(actual, expected)
+            # Other addresses are other code: the same sums, perhaps contracted elsewhere.
+            assert testing.relative_error(actual, expected) <= 2**-22
 
 
 @pytest.mark.parametrize("layout", [_channels_last_convolution, _planar])

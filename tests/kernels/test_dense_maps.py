@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from any4d_fast import testing
-from any4d_fast.ops.dense_maps import finish, narrow, new_flag, upsample
+from any4d_fast.ops.dense_maps import finish, gelu, narrow, new_flag, padded, patches, upsample
 from any4d_fast.reference import dense_maps as reference
 from tests.kernels_common import DEVICE, GPU, kernel_test
 
@@ -94,6 +94,39 @@ def test_rows_are_read_where_they_are(dtype: torch.dtype) -> None:
     assert flag.item() == 0
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gelu_is_that_of_the_sum(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    value, bias, residual, _ = inputs(shape, dtype)
+    flag = new_flag(value.device)
+    for other in (None, residual):
+        expected = reference.gelu(value.double(), bias.double(), None if other is None else other.double(), flag)
+        with testing.poisoned_empty():
+            found = gelu(value, bias, flag, residual=other, backend="triton")
+        assert found.dtype == dtype
+        # 16-bit kernels take GELU as a polynomial that errs by 4.6e-5 at most.
+        error = 1e-6 if dtype == torch.float32 else 5e-5
+        torch.testing.assert_close(found.double(), expected, rtol=testing.ROUNDING[dtype] * 2, atol=error)
+    assert flag.item() == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("patch", "shape"), [(14, (2, 28, 42, 3)), (14, (1, 14, 14, 1)), (5, (3, 15, 10, 2)), (3, (1, 21, 33, 7))]
+)
+def test_patches_are_rows_with_zeros_behind(patch: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = random(*shape, seed=0, dtype=torch.float32)
+    flag = new_flag(x.device)
+    expected = reference.patches(x, patch, padded(patch * patch * shape[3]), dtype, flag)
+    with testing.poisoned_empty():
+        assert torch.equal(patches(x, patch, dtype, flag, backend="triton"), expected)
+        taller = torch.cat([x, x], dim=1)[:, : shape[1]]  # views' and rows' strides as they come
+        assert torch.equal(patches(taller, patch, dtype, flag, backend="triton"), expected)
+        turned = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+        assert torch.equal(patches(turned, patch, dtype, flag, backend="triton"), expected)
+    assert flag.item() == 0
+
+
 @pytest.mark.parametrize("large", [7e4, -7e4, float("inf"), -float("inf"), float("nan")])
 @pytest.mark.parametrize("place", ["first", "last"])
 def test_the_flag_is_set_by_what_does_not_fit(place: str, large: float) -> None:
@@ -111,6 +144,11 @@ def test_the_flag_is_set_by_what_does_not_fit(place: str, large: float) -> None:
         lambda f: finish(torch.zeros_like(wide).half(), None, f, residual=wide.half(), backend="triton"),
         lambda f: finish(doubled, None, f, coarse=wide.half(), backend="triton"),
         lambda f: upsample(wide.half(), f, backend="triton"),
+        lambda f: patches(wide, 1, torch.float16, f, backend="triton"),
+        lambda f: gelu(wide.half(), wide.new_zeros(24).half(), f, backend="triton"),
+        lambda f: gelu(
+            torch.zeros_like(wide).half(), wide.new_zeros(24).half(), f, residual=wide.half(), backend="triton"
+        ),
     ):
         flag = new_flag(wide.device)
         call(flag)
@@ -133,6 +171,8 @@ def test_empty_maps() -> None:
     assert finish(value, None, flag, relu=True, backend="triton")[1].shape == value.shape
     assert upsample(value, flag, backend="triton").shape == (0, 8, 8, 16)
     assert narrow(value, torch.float16, flag, backend="triton").shape == (0, 4, 16)
+    assert gelu(value, value.new_zeros(16), flag, residual=value, backend="triton").shape == value.shape
+    assert patches(value, 2, torch.float16, flag, backend="triton").shape == (0, 2, 2, 64)
     assert flag.item() == 0
 
 
@@ -144,6 +184,8 @@ def test_operators_are_registered_correctly() -> None:
         ops.dense_maps_finish.default, (value, bias, residual, coarse, [4, 4], flag, True, True)
     )  # fmt: skip
     torch.library.opcheck(ops.dense_maps_upsample.default, (coarse, [4, 4], [4, 4], flag))
+    torch.library.opcheck(ops.dense_maps_gelu.default, (value, bias, residual, flag))
+    torch.library.opcheck(ops.dense_maps_patches.default, (value.float(), 2, torch.float16, flag))
     torch.library.opcheck(ops.dense_maps_narrow.default, (value.float(), torch.float16, flag))
 
 

@@ -134,6 +134,59 @@ def test_tf32_rounds_to_nearest(shape: Any, hidden: int, outputs: int, size: Siz
         assert testing.relative_error(actual, base) < share * error, name
 
 
+def tf32_gradients(given: list[Tensor], size: Size, cotangent: Tensor) -> list[Tensor | None]:
+    with tf32.settings(matmul=True, cudnn=False), testing.poisoned_empty():
+        return testing.gradients(bound(resize_conv, size, backend="triton"), list(given), [cotangent])
+
+
+@pytest.mark.parametrize(("x_power", "weight_power", "grad_power"), [(20, -20, -40), (-40, 30, 20), (0, 0, -80)])
+def test_tf32_gradients_of_any_magnitude(x_power: int, weight_power: int, grad_power: int) -> None:
+    """The backward pass works in float16; powers of two change nothing but the exponent."""
+    size = (7, 9)
+    x, weight3, bias3, weight1, bias1 = inputs((2, 4, 5, 16), 32, 6, torch.float32)
+    cotangent = torch.randn(2, *size, 6, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    expected = tf32_gradients([x, weight3, bias3, weight1, bias1], size, cotangent)
+    hidden = 2.0 ** (x_power + weight_power)
+    scaled = [x * 2.0**x_power, weight3 * 2.0**weight_power, bias3 * hidden, weight1, bias1]
+    found = tf32_gradients(scaled, size, cotangent * 2.0**grad_power)
+    units = (2.0**weight_power, 2.0**x_power, 1.0, hidden, 1.0)
+    for name, actual, base, unit in zip(NAMES, found, expected, units, strict=True):
+        assert actual is not None and base is not None
+        assert torch.equal(actual, base * unit * 2.0**grad_power), name
+
+
+def test_tf32_gradients_beside_large_ones() -> None:
+    """Gradients a million times smaller than the largest are as good as any."""
+    size = (7, 9)
+    given = inputs((2, 4, 5, 16), 32, 6, torch.float32)
+    cotangent = torch.randn(2, *size, 6, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    cotangent[1] *= 2.0**-20
+    alone = tf32_gradients([given[0][1:], *given[1:]], size, cotangent[1:])[0]
+    beside = tf32_gradients(given, size, cotangent)[0]
+    assert alone is not None and beside is not None
+    assert testing.relative_error(beside[1:], alone) < 2.0**-18
+
+
+def test_tf32_gradients_of_zero_and_nan() -> None:
+    size = (7, 9)
+    given = inputs((1, 4, 5, 16), 32, 6, torch.float32)
+    cotangent = torch.zeros(1, *size, 6, device=DEVICE)
+    assert all(g is not None and g.eq(0).all() for g in tf32_gradients(given, size, cotangent))
+    cotangent[0, 3, 4, 1] = float("nan")
+    assert all(g is not None and g.isnan().any() for g in tf32_gradients(given, size, cotangent))
+
+
+def test_backward_keeps_the_setting_of_its_forward_pass() -> None:
+    given = inputs((1, 4, 5, 16), 16, 3, torch.float32)
+    cotangent = torch.randn(1, 7, 9, 3, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    expected = tf32_gradients(given, (7, 9), cotangent)
+    leaves = [t.detach().requires_grad_() for t in given]
+    with tf32.settings(matmul=True, cudnn=False):
+        out = resize_conv(leaves[0], (7, 9), *leaves[1:], backend="triton")
+    for actual, base in zip(torch.autograd.grad(out, leaves, cotangent), expected, strict=True):
+        assert base is not None and torch.equal(actual, base)
+
+
 def test_float32_parameters_of_a_float16_map() -> None:
     check(inputs((2, 4, 5, 16), 32, 6, torch.float16, torch.float32), (7, 9))
 
@@ -284,7 +337,7 @@ def test_opcheck() -> None:
     flag = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     torch.library.opcheck(ops.resize_conv_checked.default, (x, [5, 6], packed, flag))
     grad = torch.randn(1, 5, 6, 3, device=DEVICE)
-    for flags in ((True, True, True, True), (False, True, False, False), (True, False, True, False)):
+    for flags in ((True, True, True, True, True), (False, True, False, False, False), (True, False, True, False, True)):
         torch.library.opcheck(ops.resize_conv_backward.default, (grad, x, weight3, bias3, flat, *flags))
 
 

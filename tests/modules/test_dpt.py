@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from any4d_fast.config import DenseHeadConfig
-from any4d_fast.modules.dpt import DPTFeatures, DPTRegressor, to_head_dtype, token_maps
+from any4d_fast.modules.dpt import DPTFeatures, DPTRegressor, recomputed, to_head_dtype, token_maps
 from any4d_fast.testing import relative_error
+from tests import tf32
 from tests.golden_cases import golden_weights
 from tests.oracles import FORWARD_BUDGET, assert_same_gradients, needs_oracles, same_weights, upstream
 
@@ -86,6 +87,23 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
         found.append([p.grad for p in ours.parameters()] + [m.grad for m in maps])
     for plain, checkpointed in zip(*found, strict=True):
         torch.testing.assert_close(checkpointed, plain, rtol=0, atol=0)
+
+
+def test_recomputing_keeps_tf32s_setting() -> None:
+    """A backend is chosen by it, and what is computed again must be what was computed first."""
+    seen = []
+
+    def function(x: Tensor) -> Tensor:
+        seen.append(torch.backends.cuda.matmul.allow_tf32)
+        return x.sin()
+
+    x = torch.ones(2, requires_grad=True)
+    with tf32.settings(matmul=True, cudnn=True):
+        out = recomputed(function, x)
+    with tf32.settings(matmul=False, cudnn=True):
+        out.sum().backward()
+        assert not torch.backends.cuda.matmul.allow_tf32
+    assert seen == [True, True]
 
 
 def test_token_maps_are_the_buffers_rows_view_major() -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from any4d_fast.config import ENCODER_SIZES, EncoderConfig
-from any4d_fast.modules.encoder import ImageEncoder, grid_of
+from any4d_fast.modules.encoder import ImageEncoder, VisionTransformer, grid_of
 from any4d_fast.testing import relative_error
 from tests.golden_cases import golden_weights
 from tests.oracles import (
@@ -58,6 +58,25 @@ def test_every_image_size_agrees_with_dinov2(height: int, width: int, registers:
     image = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         assert relative_error(ours(image), tokens_of(theirs, image)) <= FORWARD_BUDGET
+
+
+@pytest.mark.parametrize("registers", [False, True])
+@pytest.mark.parametrize("grid", [(24, 37), (37, 24), (1, 1), (1, 7), (50, 61)])
+def test_positions_are_resized_as_pytorch_does(grid: tuple[int, int], registers: bool) -> None:
+    model = VisionTransformer(EncoderConfig(size="small", keep_first_n_layers=1, with_registers=registers))
+    table = model.pos_embed
+    source = table[0, 1:].unflatten(0, (37, 37)).permute(2, 0, 1)[None]
+    if registers:
+        resized = F.interpolate(source, size=grid, mode="bicubic", antialias=True)
+    else:
+        scale = ((grid[0] + 0.1) / 37, (grid[1] + 0.1) / 37)
+        resized = F.interpolate(source, scale_factor=scale, mode="bicubic")
+    expected = torch.cat([table[0, :1], resized[0].flatten(1).T])
+    found = model.train().position_embedding(*grid)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    cotangent = torch.randn(found.shape, generator=torch.Generator().manual_seed(4))
+    gradients = [torch.autograd.grad(out, table, cotangent)[0] for out in (found, expected)]
+    assert relative_error(*gradients) < 1e-6
 
 
 @needs_oracles

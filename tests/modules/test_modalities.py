@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import roma
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from any4d_fast import Any4D
 from any4d_fast.config import ModalityConfig
@@ -271,6 +273,56 @@ def test_poses_are_relative_to_the_reference_and_normalised_by_their_mean_distan
     distance = torch.stack(moved).norm(dim=-1).mean(dim=0)
     torch.testing.assert_close(found.pose_scale.values.view(V, B), distance.log().expand(V, B))
     torch.testing.assert_close(found.rotation.values[:B], torch.tensor([0.0, 0, 0, 1]).expand(B, 4))
+
+
+@pytest.mark.parametrize("provided", [[POSE] * 3, [POSE, [], POSE]], ids=["all views", "some views"])
+def test_relative_poses_are_those_of_matrices_also_under_autocast(provided: list[list[str]]) -> None:
+    given = views(provided)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = read(given, train=False)
+    assert found.translation is not None and found.rotation is not None and found.pose_scale is not None
+    scale = found.pose_scale.values.view(V, B).double().exp()
+    for v in range(V):
+        for b in range(B):
+            expected = torch.eye(4, dtype=torch.float64)
+            if "camera_pose_quats" in given[v]:
+                expected = torch.linalg.inv(matrix(given[0], b)) @ matrix(given[v], b)
+            row = v * B + b
+            rotation = roma.unitquat_to_rotmat(found.rotation.values[row].double())
+            torch.testing.assert_close(rotation, expected[:3, :3], rtol=0, atol=2e-6)
+            moved = found.translation.values[row].double() * scale[v, b]
+            torch.testing.assert_close(moved, expected[:3, 3], rtol=0, atol=1e-5)
+
+
+def matrix(view: dict[str, Any], sample: int) -> Tensor:
+    pose = torch.eye(4, dtype=torch.float64)
+    pose[:3, :3] = roma.unitquat_to_rotmat(view["camera_pose_quats"][sample].double())
+    pose[:3, 3] = view["camera_pose_trans"][sample].double()
+    return pose
+
+
+class Counted(TorchDispatchMode):
+    """Counts operators but views: each is a launch on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.launches += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_the_number_of_launches_does_not_grow_with_the_views(partial: bool) -> None:
+    counts = []
+    for count in (3, 9):
+        given = golden_views(count, 1, 14, 14, 0, [ALL if i == 0 or not partial else ALL[: 3 * (i % 2)]
+                                                  for i in range(count)])  # fmt: skip
+        with Counted() as counted:
+            read(given, train=False)
+        counts.append(counted.launches)
+    assert counts[0] == counts[1] < 150
 
 
 def test_flow_is_divided_by_the_reference_views_mean_distance() -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from any4d_fast.ops import dense_maps
-from any4d_fast.ops.dense_maps import finish, narrow, new_flag, upsample
+from any4d_fast.ops.dense_maps import finish, gelu, narrow, new_flag, padded, patches, upsample
 from any4d_fast.testing import ROUNDING, relative_error
 
 CPU = torch.device("cpu")
@@ -52,11 +52,36 @@ def test_rows_are_narrowed_view_by_view() -> None:
     assert relative_error(found, rows.reshape(4, 4, 5)) <= ROUNDING[torch.float16]
 
 
+def test_gelu_of_a_biased_map_and_a_residual() -> None:
+    value, residual, bias = random(2, 3, 5, 4, seed=1), random(2, 3, 5, 4, seed=2), random(4, seed=3)
+    flag = new_flag(CPU)
+    torch.testing.assert_close(gelu(value, bias, flag), F.gelu(value + bias))
+    torch.testing.assert_close(gelu(value, bias, flag, residual=residual), F.gelu(value + bias + residual))
+    assert flag.item() == 0
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_patches_become_padded_channels(channels: int) -> None:
+    x = random(2, 6, 9, channels)
+    found = patches(x, 3, torch.float16, new_flag(CPU))
+    assert found.shape == (2, 2, 3, padded(9 * channels)) and found.shape[3] % 8 == 0
+    for row in range(2):
+        for column in range(3):
+            patch = x[:, 3 * row : 3 * row + 3, 3 * column : 3 * column + 3]
+            assert torch.equal(found[:, row, column, : 9 * channels], patch.flatten(1).half())
+    assert not found[..., 9 * channels :].any()
+
+
 CALLS: dict[str, Callable[[Tensor, Tensor], object]] = {
     "narrow": lambda x, flag: narrow(x, torch.float16, flag),
     "sum": lambda x, flag: finish(x.half(), None, flag, residual=x.half()),
     "relu": lambda x, flag: finish(x.half(), None, flag, out=False, relu=True),
     "bias": lambda x, flag: finish(torch.zeros_like(x).half(), x[0, 0, 0], flag, out=False, relu=True),
+    "patches": lambda x, flag: patches(x, 1, torch.float16, flag),
+    "gelu": lambda x, flag: gelu(x.half(), torch.zeros(x.shape[3]).half(), flag),
+    "gelu of the residual": lambda x, flag: gelu(
+        torch.zeros_like(x).half(), torch.zeros(x.shape[3]).half(), flag, residual=x.half()
+    ),
     "coarse": lambda x, flag: finish(torch.zeros(1, 4, 4, 4).half(), None, flag, coarse=x.half()),
     "upsample": lambda x, flag: upsample(x.half(), flag),
 }
@@ -89,6 +114,11 @@ ERRORS: dict[str, tuple[Callable[[Tensor], object], str]] = {
     "flag": (lambda f: finish(torch.zeros(1, 2, 2, 3), None, f.float()), r"flag: expected \[1\] int32 on cpu"),
     "rows": (lambda f: narrow(torch.zeros(2, 3), torch.float16, f), r"x: expected \[views, B, T, C\]"),
     "upsample": (lambda f: upsample(torch.zeros(2, 3), f), r"coarse: expected \[N, h, w, C\]"),
+    "gelu": (lambda f: gelu(torch.zeros(2, 3), torch.zeros(3), f), r"value: expected \[N, H, W, C\]"),
+    "gelu's bias": (lambda f: gelu(torch.zeros(1, 2, 2, 3), torch.zeros(2), f), r"bias: expected \[3\], got \[2\]"),
+    "gelu's residual": (lambda f: gelu(torch.zeros(1, 2, 2, 3), torch.zeros(3), f, residual=torch.zeros(1, 2, 3, 3)),
+                        r"residual: expected \[1, 2, 2, 3\]"),
+    "patches": (lambda f: patches(torch.zeros(1, 4, 5, 3), 2, torch.float16, f), "multiples of the patch size 2"),
 }  # fmt: skip
 
 

@@ -1,0 +1,120 @@
+"""Which precision heads and dense tokenizers run in, and what happens where float16 is too narrow.
+
+They follow upstream: float32, with TF32 where the caller runs the model in mixed precision. float16 has TF32's
+mantissa and runs 2.5 times as fast, but holds nothing beyond 65,504. So where upstream would use TF32 and no gradient
+is wanted, they run in float16 and every value that might not fit is looked at on the device, once at the end of a call:
+if one did not fit in a head, the heads run once more in TF32; if one did not fit in a tokenizer, the whole call does
+with the tokenizers in TF32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import logging
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .modules.derived import defer, deferring
+
+logger = logging.getLogger("any4d_fast")
+
+NARROW = (torch.float16, torch.bfloat16)
+
+_CHOSEN: contextvars.ContextVar[torch.dtype | None] = contextvars.ContextVar("head_dtype", default=None)
+_WARNED: set[str] = set()
+
+
+@contextlib.contextmanager
+def use_head_dtype(dtype: torch.dtype | None) -> Iterator[None]:
+    """Run heads and tokenizers in float32 (TF32 where allowed), in 16 bits on any device, or (None) by `head_dtype`.
+
+    With gradients, and under torch.compile, they run in float32 all the same.
+
+    Raises:
+        ValueError: `dtype` is none of torch.float32, torch.float16, torch.bfloat16 and None.
+    """
+    if dtype not in (None, torch.float32, *NARROW):
+        raise ValueError(f"dtype: expected torch.float32, torch.float16, torch.bfloat16 or None, got {dtype!r}")
+    token = _CHOSEN.set(dtype)
+    try:
+        yield
+    finally:
+        _CHOSEN.reset(token)
+
+
+class Flags:
+    """What left the range in one call: two flags in one buffer, so that one read of the device tells both.
+
+    Attributes:
+        inputs: [1] int32 for the tokenizers of geometric inputs.
+        heads: [1] int32 for the heads.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._both = torch.zeros(8, dtype=torch.int32, device=device)
+        self.inputs, self.heads = self._both[:1], self._both[4:5]  # 16 bytes apart: kernels are compiled for that
+
+    def left_range(self) -> tuple[bool, bool]:
+        """Whether a value of the inputs, and one of the heads, was outside; warns once each, waits for the device.
+
+        While a CUDA graph is captured the answer is no, and whoever replays the graph looks at the flags.
+        """
+        if defer(self._both.any()):
+            return False, False
+        found = self._both.tolist()
+        inputs, heads = bool(found[0]), bool(found[4])
+        if inputs:
+            _warn("tokenizers of geometric inputs", "the call runs again with them")
+        elif heads:
+            _warn("dense heads", "the heads of this call run again")
+        return inputs, heads
+
+
+def _warn(where: str, what: str) -> None:
+    if where in _WARNED:
+        return
+    _WARNED.add(where)
+    logger.warning(
+        "a value in the %s left the range of 16-bit floats; %s in float32 (TF32). If that happens often, "
+        "use_head_dtype(torch.float32) saves the first attempt", where, what,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def float32_sums() -> Iterator[None]:
+    """No partial sums in float16 between the parts of a split matmul: they would round, and overflow, too early."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_fp16_reduced_precision_reduction
+    split = getattr(matmul, "allow_fp16_reduced_precision_reduction_split_k", None)  # not in every PyTorch
+    matmul.allow_fp16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        matmul.allow_fp16_reduced_precision_reduction = before if split is None else (before, split)
+
+
+def head_dtype(like: Tensor, mixed: bool) -> torch.dtype:
+    """Dtype in which heads and dense tokenizers run now.
+
+    Args:
+        like: tokens that the heads will read, or images.
+        mixed: whether the model runs under autocast.
+    """
+    chosen = _CHOSEN.get()
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.float32
+    if chosen is not None:
+        return chosen
+    # Where upstream computes in TF32: under autocast, unless the user has forbidden TF32 to convolutions.
+    if not (mixed and like.is_cuda and torch.backends.cudnn.allow_tf32):
+        return torch.float32
+    if backends.select("dense_maps", None, like) == backends.EAGER:
+        return torch.float32
+    # In a CUDA graph that somebody else captures nobody would look at the flag.
+    if torch.cuda.is_current_stream_capturing() and not deferring():
+        return torch.float32
+    return torch.float16

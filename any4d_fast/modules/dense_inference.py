@@ -1,0 +1,317 @@
+"""Heads and dense tokenizers in 16 bits, for inference: channels-last maps, one pass between convolutions.
+
+Weights are converted once. Every function here works on [N, h, w, C] maps (or rows) whose channels are contiguous, in
+the dtype of the maps that it is given, and raises `flag` where a value does not fit that dtype (`ops.dense_maps`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops import dense_maps
+from ..ops.resize_conv import Layers, pack_layers, resize_conv_checked
+from .derived import Derived, caching, derivable
+
+if TYPE_CHECKING:
+    from .dpt import DPTFeatures, DPTRegressor, FusionBlock, ResidualConvUnit
+    from .heads import PoseHead
+    from .tokenizers import DenseTokenizer
+
+T = TypeVar("T")
+
+
+class CastStore(Derived, Generic[T]):
+    """Weights of one module in another dtype, as a tree of named tuples; see `Derived` for when they are renewed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._trees: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], T]] = {}
+
+    def weights(self, module: nn.Module, dtype: torch.dtype, pack: Callable[[Any, torch.dtype], T]) -> T:
+        """`pack(module, dtype)`, or what it returned when a parameter last changed."""
+        parameters = list(module.parameters())
+        if not (caching() and derivable(*parameters)):
+            return pack(module, dtype)
+        key = (dtype, parameters[0].device)
+        made: list[T] = []
+
+        this = weakref.proxy(module)  # the module holds this store: a cycle would keep both
+
+        def recipe() -> Iterator[Tensor]:
+            tree = pack(this, dtype)
+            made[:] = [_rebuilt(tree, itertools.repeat(torch.empty(0)))]  # its shape alone outlives this call
+            yield from _leaves(tree)
+
+        tensors = self.get(("cast", *key), lambda: list(this.parameters()), recipe)
+        held = self._trees.get(key)
+        if held is None or held[0] is not tensors:
+            tree = made[-1] if made or held is None else held[1]
+            self._trees[key] = held = (tensors, _rebuilt(tree, iter(tensors)))
+        return held[1]
+
+    def clear(self) -> None:
+        super().clear()
+        self._trees.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CastStore[T]:
+        return CastStore()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CastStore, ()
+
+
+def _leaves(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (list, tuple)):
+        for item in tree:
+            yield from _leaves(item)
+
+
+def _rebuilt(tree: Any, tensors: Iterator[Tensor]) -> Any:
+    """The tree with other tensors in the order of `_leaves`."""
+    if isinstance(tree, Tensor):
+        return next(tensors)
+    if not isinstance(tree, (list, tuple)):
+        return tree
+    items = [_rebuilt(item, tensors) for item in tree]
+    return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+
+
+class Conv(NamedTuple):
+    """A convolution's weight as cuDNN reads it (channels last), or as a matrix for a 1x1 one; and its bias."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class FusionWeights(NamedTuple):
+    """Convolutions of the two residual units (none where no finer map comes in), and the projection."""
+
+    first: tuple[Conv, Conv] | None
+    second: tuple[Conv, Conv]
+    project: Conv
+
+
+class FeatureWeights(NamedTuple):
+    """Per map: its 1x1 projection, its change of size (convolution, stride; negative: enlarged), and 3x3 projection."""
+
+    projections: list[Conv]
+    changes: list[tuple[Conv, int] | None]
+    widths: list[Conv]
+    fusions: list[FusionWeights]
+
+
+def _conv(conv: nn.Conv2d, dtype: torch.dtype) -> Conv:
+    weight = conv.weight.detach().to(dtype).contiguous(memory_format=torch.channels_last)
+    return Conv(weight, None if conv.bias is None else conv.bias.detach().to(dtype))
+
+
+def _matrix(conv: nn.Conv2d, dtype: torch.dtype) -> Conv:
+    assert conv.bias is not None
+    return Conv(conv.weight.detach().flatten(1).to(dtype), conv.bias.detach().to(dtype))
+
+
+def _shuffle(conv: nn.ConvTranspose2d, dtype: torch.dtype) -> tuple[Conv, int]:
+    """A transposed convolution whose kernel is its stride, as one matrix of [k * k * Cout, Cin], row (ky, kx, c)."""
+    assert conv.bias is not None
+    stride = conv.stride[0]
+    weight = conv.weight.detach().permute(2, 3, 1, 0).flatten(0, 2)
+    return Conv(weight.to(dtype).contiguous(), conv.bias.detach().repeat(stride * stride).to(dtype)), -stride
+
+
+def _unit(unit: ResidualConvUnit, dtype: torch.dtype) -> tuple[Conv, Conv]:
+    return _conv(unit.conv1, dtype), _conv(unit.conv2, dtype)
+
+
+def _fusion(block: FusionBlock, dtype: torch.dtype) -> FusionWeights:
+    first = _unit(block.resConfUnit1, dtype) if hasattr(block, "resConfUnit1") else None
+    return FusionWeights(first, _unit(block.resConfUnit2, dtype), _matrix(block.out_conv, dtype))
+
+
+def pack_features(module: DPTFeatures, dtype: torch.dtype) -> FeatureWeights:
+    """Weights of `features`."""
+    projections: list[Conv] = []
+    changes: list[tuple[Conv, int] | None] = []
+    widths: list[Conv] = []
+    for process in module.input_process:
+        assert isinstance(process, nn.Sequential)
+        layers, width = process
+        assert isinstance(layers, nn.Sequential) and isinstance(width, nn.Conv2d)
+        first, change = layers[0], layers[1] if len(layers) > 1 else None
+        assert isinstance(first, nn.Conv2d)
+        projections.append(_matrix(first, dtype))
+        if isinstance(change, nn.ConvTranspose2d):
+            changes.append(_shuffle(change, dtype))
+        else:
+            changes.append((_conv(change, dtype), change.stride[0]) if isinstance(change, nn.Conv2d) else None)
+        widths.append(_conv(width, dtype))
+    scratch = module.scratch
+    blocks = (scratch.refinenet1, scratch.refinenet2, scratch.refinenet3, scratch.refinenet4)
+    return FeatureWeights(projections, changes, widths, [_fusion(block, dtype) for block in blocks])
+
+
+def convolve(x: Tensor, conv: Conv, stride: int = 1) -> Tensor:
+    """3x3 convolution of [N, h, w, C] without its bias -> [N, h', w', C'] contiguous."""
+    out = F.conv2d(x.permute(0, 3, 1, 2), conv.weight, stride=stride, padding=1)
+    return out.permute(0, 2, 3, 1).contiguous()
+
+
+def _entry(x: Tensor, project: Conv, change: tuple[Conv, int] | None, width: Conv) -> Tensor:
+    """Token map [N, h, w, C] -> [N, h', w', feature_dim]: nothing here but matrix products, so nothing to check."""
+    x = F.linear(x, project.weight, project.bias)
+    if change is not None:
+        conv, stride = change
+        if stride < 0:
+            n, rows, columns, _ = x.shape
+            x = F.linear(x, conv.weight, conv.bias).view(n, rows, columns, -stride, -1).transpose(2, 3)
+            x = x.reshape(n, rows * -stride, columns * -stride, -1)
+        else:
+            x = convolve(x, conv, stride)
+            x = x if conv.bias is None else x.add_(conv.bias)
+    return convolve(x, width)
+
+
+def _refine(x: Tensor, positive: Tensor, unit: tuple[Conv, Conv], flag: Tensor, **finish: Any) -> tuple[Tensor, Tensor]:
+    """Residual unit on a map and its ReLU; `finish` says what else is added, and whether its ReLU is wanted."""
+    first, second = unit
+    hidden = dense_maps.finish(convolve(positive, first), first.bias, flag, out=False, relu=True)[1]
+    return dense_maps.finish(convolve(hidden, second), second.bias, flag, residual=x, **finish)
+
+
+def _positive(x: Tensor, flag: Tensor) -> Tensor:
+    return dense_maps.finish(x, None, flag, out=False, relu=True)[1]
+
+
+def features(module: DPTFeatures, weights: FeatureWeights, maps: list[Tensor], flag: Tensor) -> Tensor:
+    """Four [N, h, w, C_i] token maps -> [N, 8h, 8w, feature_dim]; `DPTFeatures.forward` in the maps' dtype.
+
+    A coarser map waits at its own size: where it joins a finer one, it is resized in the pass that adds it.
+    """
+    coarse: Tensor | None = None
+    for level in (3, 2, 1, 0):
+        fusion = weights.fusions[level]
+        layer = _entry(
+            maps[module.hooks[level]], weights.projections[level], weights.changes[level], weights.widths[level]
+        )
+        positive = _positive(layer, flag)
+        if fusion.first is not None:
+            layer, positive = _refine(layer, positive, fusion.first, flag, coarse=coarse, relu=True)
+        refined = _refine(layer, positive, fusion.second, flag)[0]
+        coarse = F.linear(refined, fusion.project.weight, fusion.project.bias)
+        del layer, positive, refined  # the next level is four times as large
+    assert coarse is not None
+    return dense_maps.upsample(coarse, flag)
+
+
+class RegressorWeights(NamedTuple):
+    conv1: Conv
+    last: Layers
+
+
+def pack_regressor(module: DPTRegressor, dtype: torch.dtype) -> RegressorWeights:
+    """Weights of `regress`."""
+    weight3, bias3, weight1, bias1 = (p.detach() for p in module.conv2.parameters())
+    return RegressorWeights(_conv(module.conv1, dtype), pack_layers(weight3, bias3, weight1, bias1, dtype))
+
+
+def regress(weights: RegressorWeights, x: Tensor, size: tuple[int, int], flag: Tensor) -> Tensor:
+    """[N, 8h, 8w, feature_dim] -> [N, H, W, output_dim] float32."""
+    hidden = dense_maps.finish(convolve(x, weights.conv1), weights.conv1.bias, flag)[0]
+    return resize_conv_checked(hidden, size, weights.last, flag)
+
+
+class PoseWeights(NamedTuple):
+    project: Conv
+    blocks: list[list[Conv]]
+
+
+def pack_pose(module: PoseHead, dtype: torch.dtype) -> PoseWeights:
+    """Weights of `pose_features`."""
+    blocks = [[_matrix(conv, dtype) for conv in block.convolutions()] for block in module.residual_blocks()]
+    return PoseWeights(_matrix(module.proj, dtype), blocks)
+
+
+def pose_features(weights: PoseWeights, tokens: Tensor, flag: Tensor) -> Tensor:
+    """[N, T, C] -> [N, width] float32: the pose head up to its mean over tokens."""
+    x = F.linear(tokens, weights.project.weight, weights.project.bias)[:, None]  # [N, 1, T, width]
+    for block in weights.blocks:
+        y = x
+        for conv in block:
+            y = dense_maps.finish(F.linear(y, conv.weight), conv.bias, flag, out=False, relu=True)[1]
+        x = dense_maps.finish(x, None, flag, residual=y)[0]
+    if not weights.blocks:
+        x = dense_maps.finish(x, None, flag)[0]
+    return x[:, 0].mean(dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+class UnitWeights(NamedTuple):
+    """A residual unit of a tokenizer: two 3x3 convolutions, and the shortcut's matrix where widths differ."""
+
+    conv1: Conv
+    conv2: Conv
+    shortcut: Conv | None
+
+
+class TokenizerWeights(NamedTuple):
+    """The convolution of the patches, the residual units, and the projection to tokens."""
+
+    first: Conv
+    units: list[UnitWeights]
+    last: Conv
+
+
+def _padded_conv(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, outputs: int) -> Conv:
+    """A convolution with zero weights for the channels that pad its input, and `outputs` channels."""
+    assert bias is not None
+    more, behind = outputs - weight.shape[0], dense_maps.padded(weight.shape[1]) - weight.shape[1]
+    weight = F.pad(weight.detach(), (0, 0, 0, 0, 0, behind, 0, more)).to(dtype)
+    bias = F.pad(bias.detach(), (0, more)).to(dtype)
+    if weight.shape[2:] == (1, 1):
+        return Conv(weight.flatten(1).contiguous(), bias)
+    return Conv(weight.contiguous(memory_format=torch.channels_last), bias)
+
+
+def pack_tokenizer(module: DenseTokenizer, dtype: torch.dtype) -> TokenizerWeights:
+    """Weights of `tokenize`; widths are padded as `dense_maps.patches` pads its channels."""
+    first, patch = module.conv_in, module.patch_size
+    cin = first.in_channels // patch**2
+    # Channels of a patch in memory order, (row, column, channel).
+    weight = first.weight.detach().unflatten(1, (cin, patch, patch)).permute(0, 2, 3, 1, 4, 5).flatten(1, 3)
+    units = []
+    for unit in module.units():
+        width, short = dense_maps.padded(unit.conv1.out_channels), unit.shortcut
+        units.append(
+            UnitWeights(
+                _padded_conv(unit.conv1.weight, unit.conv1.bias, dtype, width),
+                _padded_conv(unit.conv2.weight, unit.conv2.bias, dtype, width),
+                _padded_conv(short.weight, short.bias, dtype, width) if isinstance(short, nn.Conv2d) else None,
+            )
+        )
+    last = module.encoder[-1]
+    assert isinstance(last, nn.Conv2d)
+    return TokenizerWeights(
+        _padded_conv(weight, first.bias, dtype, dense_maps.padded(first.out_channels)),
+        units,
+        _padded_conv(last.weight, last.bias, dtype, last.out_channels),
+    )
+
+
+def tokenize(weights: TokenizerWeights, x: Tensor, patch: int, dtype: torch.dtype, flag: Tensor) -> Tensor:
+    """[N, H, W, channels] -> [N, T, C] in `dtype`: a dense tokenizer up to its LayerNorm."""
+    x = dense_maps.patches(x, patch, dtype, flag)
+    x = dense_maps.finish(convolve(x, weights.first), weights.first.bias, flag)[0]
+    for conv1, conv2, shortcut in weights.units:
+        assert conv1.bias is not None and conv2.bias is not None
+        hidden = dense_maps.gelu(convolve(x, conv1), conv1.bias, flag)
+        residual = x if shortcut is None else F.linear(x, shortcut.weight, shortcut.bias)
+        x = dense_maps.gelu(convolve(hidden, conv2), conv2.bias, flag, residual=residual)
+    tokens = F.linear(x, weights.last.weight)
+    return dense_maps.finish(tokens, weights.last.bias, flag)[0].flatten(1, 2)

@@ -1,0 +1,205 @@
+"""Counted memory, chunks of views, allocation failures, and outputs on the host."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from any4d_fast import Any4D, head_loop, memory
+from any4d_fast.config import preset
+from any4d_fast.host_copy import ALIGNMENT, HostCopies, carved
+from any4d_fast.memory import balanced, footprint, head_bytes, head_chunk, image_bytes, output_bytes
+from any4d_fast.testing import relative_error
+from tests.small_models import small_config, small_model
+
+CPU = torch.device("cpu")
+H200 = 141e9
+GRID = (24, 37)  # 336 x 518
+VIEWS = 5
+
+
+def test_a_thousand_views_fit_on_one_gpu() -> None:
+    """Every buffer of the module's table, written out."""
+    config = preset("any4d")
+    found = footprint(config, 1, 1000, 336, 518, memory.GPU_HEAD_IMAGES)
+    pictures = 1000 * 336 * 518 * 3 * 4
+    rows, patches = 889_000, 888_001
+    assert found.encoder == 2 * pictures + pictures // 2 + rows * 1024 * (4 + 2 * 2 + 8 + 2)
+    assert found.transformer == pictures + patches * 1024 * 4 + patches * 768 * (2 * 4 + 18)
+    kept = patches * (1024 + 3 * 768) * 4
+    outputs = 1000 * 336 * 518 * (15 * 4 + 1)
+    assert found.heads == pictures + kept + outputs + 16 * image_bytes(config, GRID, 2)
+    weights = sum(p.numel() for p in _meta_model().parameters()) * (4 + 2)
+    assert 25e9 < found.peak < 26e9
+    assert found.peak + weights < H200 / 4
+
+
+def _meta_model() -> Any4D:
+    with torch.device("meta"):
+        return Any4D.from_preset("any4d")
+
+
+def test_bytes_of_one_view_in_the_heads() -> None:
+    """At 518 x 336: the features at eight times the grid, the next convolution's result before and after its bias."""
+    config = preset("any4d")
+    pixels = 192 * 296
+    head = config.scene.geometry_head
+    assert head_bytes(head, GRID, 2) == 2 * pixels * (256 + 128 + 128) + 336 * 518 * 6 * 4
+    tokens = 888 * (1024 + 3 * 768) * 2
+    assert image_bytes(config, GRID, 2) == tokens + 336 * 518 * 9 * 4 + head_bytes(head, GRID, 2)
+    assert 70e6 < image_bytes(config, GRID, 2) < 80e6
+    unfused = head_bytes(head, GRID, 4, unfused=True)
+    assert unfused == 4 * (pixels * 128 + 336 * 518 * 3 * 128) + 336 * 518 * 6 * 4
+    assert output_bytes(336, 518) == 336 * 518 * 61
+
+
+@pytest.mark.parametrize(("views", "limit", "length"), [(41, 16, 14), (16, 16, 16), (17, 16, 9), (5, 1, 1), (1, 9, 1)])
+def test_chunks_are_of_about_equal_length(views: int, limit: int, length: int) -> None:
+    assert balanced(views, limit) == length
+
+
+def test_the_chunk_fits_its_memory_and_is_never_empty() -> None:
+    config = preset("any4d")
+    per_view = image_bytes(config, GRID, 4, unfused=True)
+    assert head_chunk(config, 1, 8, GRID, CPU) == balanced(8, memory.CPU_HEAD_BYTES // per_view)
+    assert head_chunk(config, 1, 8, GRID, CPU, memory_budget=8 * per_view / memory.GIB) == 8
+    assert head_chunk(config, 2, 8, GRID, CPU, memory_budget=8 * per_view / memory.GIB) == 4
+    assert head_chunk(config, 1, 8, GRID, CPU, memory_budget=1e-6) == 1
+    # No map that a library indexes with 32 bits may pass 2^31 elements.
+    pixels = 64 * GRID[0] * GRID[1] * 256
+    assert head_chunk(config, 1, 1000, GRID, CPU, memory_budget=1e9) * pixels < 2**31
+
+
+class FakeGpu:
+    """A CUDA device as far as memory goes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, total: float, free: float, used: float) -> None:
+        properties = type("Properties", (), {"total_memory": int(total)})
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free), int(total)))
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: int(used))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: int(used))
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        self.device = torch.device("cuda")
+
+
+def test_the_chunk_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, gib = preset("any4d"), memory.GIB
+    per_view = image_bytes(config, GRID, 2)
+
+    def chunk(gpu: FakeGpu, views: int = 32, **options: Any) -> int:
+        return head_chunk(config, 1, views, GRID, gpu.device, itemsize=2, **options)
+
+    large = FakeGpu(monkeypatch, 141e9, 100e9, 5e9)
+    assert chunk(large) == memory.GPU_HEAD_IMAGES
+    assert chunk(large, memory_budget=5e9 / gib) == 1
+    outputs = 32 * output_bytes(336, 518)
+    budget = (5e9 + outputs + 8.5 * per_view) / gib
+    assert chunk(large, memory_budget=budget) == 8
+    assert chunk(large, memory_budget=budget, keeps_outputs=False) > 8
+    small = FakeGpu(monkeypatch, 8e9, outputs + 4.5 * per_view, 7e9)
+    assert chunk(small) == min(4, int((outputs + 4.5 * per_view) / 2 / per_view))
+    assert head_chunk(config, 8, 32, GRID, small.device, itemsize=2) == 1
+
+
+@pytest.fixture(scope="module")
+def model() -> Any4D:
+    return small_model(small_config(modalities=None))
+
+
+def inputs(views: int = VIEWS) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(3)
+    return [{"img": torch.randn(1, 3, 28, 42, generator=generator)} for _ in range(views)]
+
+
+def same(found: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> None:
+    assert len(found) == len(expected)
+    for view, other in zip(found, expected, strict=True):
+        assert set(view) == set(other)
+        for key, value in other.items():
+            if value.dtype == torch.bool:
+                assert torch.equal(view[key], value), key
+            else:  # convolutions over another number of images may add in another order
+                assert relative_error(view[key], value) <= 1e-5, key
+
+
+@pytest.mark.parametrize("fits", [1, 2])
+def test_out_of_memory_halves_the_chunk_and_goes_on(
+    fits: int, model: Any4D, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with torch.no_grad():
+        expected = model(inputs())
+    tried: list[int] = []
+    original = head_loop._HeadLoop._chunk
+
+    def chunk(self: Any, views: slice, *args: Any) -> Any:
+        tried.append(views.stop - views.start)
+        if tried[-1] > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, views, *args)
+
+    monkeypatch.setattr(head_loop._HeadLoop, "_chunk", chunk)
+    with torch.no_grad(), caplog.at_level(logging.WARNING, logger="any4d_fast"):
+        found = model(inputs(), minibatch_size=5)
+    same(found, expected)
+    assert tried == ([5, 2, 2, 1] if fits == 2 else [5, 2, 1, 1, 1, 1, 1])
+    assert "ran out of memory; they go on with" in caplog.text
+
+
+def test_out_of_memory_with_one_view_or_with_gradients_is_raised(model: Any4D, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Any, *args: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(head_loop._HeadLoop, "_chunk", fail)
+    with pytest.raises(torch.OutOfMemoryError), torch.no_grad():
+        model(inputs(1))
+    with pytest.raises(torch.OutOfMemoryError):
+        model(inputs(2))
+
+
+@pytest.mark.parametrize("options", [{}, {"minibatch_size": 2}, {"memory_budget": 1e-4}])
+def test_outputs_on_the_host_are_the_same(options: dict[str, Any], model: Any4D) -> None:
+    generator = torch.Generator().manual_seed(4)
+    views = [{"img": torch.randint(0, 256, (28, 42, 3), generator=generator, dtype=torch.uint8)} for _ in range(VIEWS)]
+    for fixed in ({"apply_mask": False}, {"mask_edges": False, "reference": 2}):
+        same(model.infer(views, outputs_to="cpu", **options, **fixed), model.infer(views, **fixed))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"memory_budget": 0}, "memory_budget: expected a positive number of GiB, or None, got 0"),
+        ({"outputs_to": "gpu"}, 'outputs_to: expected "device" or "cpu", got \'gpu\''),
+    ],
+)
+def test_wrong_memory_options_are_refused(options: dict[str, Any], message: str, model: Any4D) -> None:
+    with pytest.raises(ValueError, match=message):
+        model.infer([{"img": torch.zeros(28, 42, 3, dtype=torch.uint8)}], **options)
+
+
+def test_host_tensors_share_one_block() -> None:
+    like = [torch.zeros(3, 5), torch.zeros(7, dtype=torch.bool), torch.zeros(0, 2), torch.zeros(4, 2).t()]
+    found = carved(like, pinned=False)
+    assert [(t.shape, t.dtype, t.is_contiguous()) for t in found] == [(t.shape, t.dtype, True) for t in like]
+    assert len({t.untyped_storage().data_ptr() for t in found}) == 1
+    assert all(t.storage_offset() * t.element_size() % ALIGNMENT == 0 for t in found)
+    for i, t in enumerate(found):
+        t.fill_(i)
+    assert [t.float().mean().item() for t in (found[0], found[1], found[3])] == [0, 1, 3]
+
+
+def test_host_copies_without_a_gpu_hand_through() -> None:
+    copies = HostCopies(CPU)
+    tensor = torch.ones(2)
+    found = copies.add([{"a": tensor}, {"a": tensor}])
+    copies.wait()
+    assert [view["a"] is tensor for view in found] == [True, True]
+
+
+def test_memory_is_the_same_without_a_chunk_size(model: Any4D) -> None:
+    with torch.no_grad():
+        same(model(inputs()), model(inputs(), minibatch_size=VIEWS))
