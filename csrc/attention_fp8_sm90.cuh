@@ -1,5 +1,5 @@
-// What both passes of the 8-bit attention share: how e4m3 queries, keys and values lie in memory (NumPy checks of every
-// map below: tests/kernels/test_attention_fp8.py). csrc/notes/attention_fp8.md has the reasons.
+// What both passes of the 8-bit attention share: how e4m3 queries, keys and values lie in memory (checked in
+// NumPy by tests/ops/test_attention_fp8.py). csrc/notes/attention_fp8.md has the reasons.
 #pragma once
 
 #include <cstdint>
@@ -16,8 +16,8 @@ constexpr uint32_t kOnes = 0x38383838;  // four times 1 in e4m3
 
 // 128 keys and values as they lie in memory and in shared memory, where wgmma reads them.
 //   k: 64 bytes a key in the 64-byte swizzle: chunk c of 16 bytes of key r lies at c ^ (r / 2 % 4). Byte
-//      32 s + 16 h + 4 t + i holds channel 16 t + 8 s + 4 h + i: any order will do for a sum over channels, and this one
-//      makes 8 neighbouring channels of a query one thread's.
+//      32 s + 16 h + 4 t + i holds channel 16 t + 8 s + 4 h + i: any order will do for a sum over channels, and
+//      this one makes 8 neighbouring channels of a query one thread's.
 //   v: 128 bytes a channel in the 128-byte swizzle: chunk c lies at c ^ (channel % 8). Byte 16 g + 4 t + i holds key
 //      16 g + 2 t + i % 2 + 8 (i / 2), so that the scores a thread has in accumulators are the bytes it must have of A.
 //   ones: a 65th channel, whose product with the probabilities is the sum of the row.
@@ -76,6 +76,18 @@ struct Quantize {
     int* counters;           // set to zero for the pass that follows
     int counter_count;
 };
+
+#ifdef __CUDACC__
+// Four values as e4m3, the first in the lowest byte.
+__device__ __forceinline__ uint32_t round_four(float a, float b, float c, float d) {
+    uint32_t word;
+    asm("{\n.reg .b16 low, high;\ncvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\ncvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+        "mov.b32 %0, {low, high};\n}\n"
+        : "=r"(word)
+        : "f"(a), "f"(b), "f"(c), "f"(d));
+    return word;
+}
+#endif
 
 cudaError_t quantize(const Quantize& call, cudaStream_t stream);
 

@@ -1,8 +1,8 @@
 // First pass of the 8-bit attention: one read of queries, keys and values, one write of their e4m3 bytes and scales.
 //
-// A block of threads takes 128 rows of one (segment, head). Thread (slot, chunk) has 8 channels of 4 rows, which are the
-// 4 keys of one word of the transposed values: row 16 (slot / 4) + 2 (slot % 4) + i % 2 + 8 (i / 2). From all keys a mean
-// key is subtracted, which changes no probability; it is that of 64 rows spread over the segment, the same for all
+// A block of threads takes 128 rows of one (segment, head). Thread (slot, chunk) has 8 channels of 4 rows, which are
+// the 4 keys of one word of the transposed values: row 16 (slot / 4) + 2 (slot % 4) + i % 2 + 8 (i / 2). From all keys a
+// mean key is subtracted, which changes no probability; it is that of 64 rows spread over the segment, the same for all
 // blocks of threads, because any vector near the mean will do.
 #include "attention_fp8_sm90.cuh"
 #include "common.cuh"
@@ -33,16 +33,6 @@ __device__ __forceinline__ Scale scale_of(float most) {
     const int exponent = most > 0.f ? max((rounded_up >> 23) - 127, kLeastExponent) : 0;
     if (exponent > kMostExponent) return {NAN, NAN};
     return {__int_as_float((exponent + 127) << 23), __int_as_float((127 - exponent) << 23)};
-}
-
-// Four values as e4m3, the first in the lowest byte.
-__device__ __forceinline__ uint32_t round_four(float a, float b, float c, float d) {
-    uint32_t word;
-    asm("{\n.reg .b16 low, high;\ncvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\ncvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
-        "mov.b32 %0, {low, high};\n}\n"
-        : "=r"(word)
-        : "f"(a), "f"(b), "f"(c), "f"(d));
-    return word;
 }
 
 __device__ __forceinline__ float eight_lanes_max(float x) {
@@ -90,7 +80,8 @@ struct Place {
         block = rest % call.blocks;
         pair = int64_t(segment) * call.heads + head;
         const SegmentLayout& s = call.segments;
-        const int64_t row = s.start + segment / unsigned(s.count) * s.group_stride + segment % unsigned(s.count) * s.stride;
+        const unsigned count = unsigned(s.count);
+        const int64_t row = s.start + segment / count * s.group_stride + segment % count * s.stride;
         base = row * call.row_stride + head * call.head_stride + 8 * chunk;
         first = block * kRows;
     }
@@ -98,7 +89,8 @@ struct Place {
 };
 
 template <typename T>
-__device__ __forceinline__ void load(Chunk<T>& to, const void* from, const Quantize& call, const Place& place, int row) {
+__device__ __forceinline__ void load(Chunk<T>& to, const void* from, const Quantize& call, const Place& place,
+                                     int row) {
     to = Chunk<T>{};
     if (row < call.segments.length) to.load(static_cast<const T*>(from) + place.base + row * call.row_stride);
 }

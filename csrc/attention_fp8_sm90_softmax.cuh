@@ -1,6 +1,7 @@
 // Scores in accumulators to e4m3 probabilities in the registers of the next product's A, with a running maximum.
 #pragma once
 
+#include "attention_fp8_sm90.cuh"
 #include "softmax_sm90.cuh"
 
 namespace any4d::fp8 {
@@ -8,19 +9,10 @@ namespace any4d::fp8 {
 // The largest probability of a row is 2^8: e4m3 goes up to 448, and down to 2^-9, 17 octaves below.
 constexpr float kLargest = 8.f;
 
-// Score to the byte of 2^x without the special function units. e4m3 has its bias-7 exponent above 3 bits of mantissa, so
-// 8 (x + 7) rounded to an integer is the byte of (1 + f) 2^n, for x = n + f: between 1 and 1.062 times 2^x. The shift
+// Score to the byte of 2^x without the special function units. e4m3 has its exponent (bias 7) above 3 bits of mantissa,
+// so 8 (x + 7) rounded to an integer is the byte of (1 + f) 2^n, for x = n + f: between 1 and 1.062 times 2^x. The shift
 // makes that 0.962 .. 1.021, with a mean of 1; e4m3's own rounding is 1 +- 0.0625.
 constexpr float kShift = 0.0562f;
-
-__device__ __forceinline__ uint32_t round_four(float a, float b, float c, float d) {
-    uint32_t word;
-    asm("{\n.reg .b16 low, high;\ncvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\ncvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
-        "mov.b32 %0, {low, high};\n}\n"
-        : "=r"(word)
-        : "f"(a), "f"(b), "f"(c), "f"(d));
-    return word;
-}
 
 // NaN if either is.
 __device__ __forceinline__ float max_or_nan(float a, float b) {
@@ -82,8 +74,8 @@ struct Softmax {
         return __byte_perm(low, high, 0x5410);
     }
 
-    // Raises the reference to the maximum of a block. Maxima of three are taken as of integers, in one instruction: that is
-    // right whenever one of the scores is positive (NaN counts as the greatest), and whenever none is and the reference
+    // Raises the reference to the maximum of a block. Maxima of three are taken as of integers, in one instruction: that
+    // is right whenever one of the scores is positive (NaN counts as the greatest), and whenever none is and the reference
     // is not negative, because then it stays.
     __device__ __forceinline__ void grow(const float (&scores)[64], const float (&scale)[2]) {
         float found[2];
@@ -104,11 +96,14 @@ struct Softmax {
         if (!__all_sync(0xffffffff, known)) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                found[half] = fmaxf(scores[2 * half], scores[2 * half + 1]);
+                found[half] = max_or_nan(scores[2 * half], scores[2 * half + 1]);
 #pragma unroll
-                for (int j = 1; j < 16; ++j)
-                    found[half] = fmaxf(found[half], fmaxf(scores[4 * j + 2 * half], scores[4 * j + 2 * half + 1]));
-                found[half] = quad_max(found[half]);
+                for (int j = 1; j < 16; ++j) {
+                    found[half] = max_or_nan(found[half], scores[4 * j + 2 * half]);
+                    found[half] = max_or_nan(found[half], scores[4 * j + 2 * half + 1]);
+                }
+                found[half] = max_or_nan(found[half], __shfl_xor_sync(0xffffffff, found[half], 1));
+                found[half] = max_or_nan(found[half], __shfl_xor_sync(0xffffffff, found[half], 2));
             }
         }
 #pragma unroll

@@ -15,6 +15,7 @@ PYBIND11_MODULE(_C, m) {
   });
   any4d::bind_attention_sm90(m);
   any4d::bind_attention_backward_sm90(m);
+  any4d::bind_attention_fp8_sm90(m);
   any4d::bind_compose_factors(m);
   any4d::bind_unproject(m);
   any4d::bind_tokenize(m);

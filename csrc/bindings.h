@@ -13,6 +13,7 @@ namespace any4d {
 
 void bind_attention_sm90(pybind11::module_& m);
 void bind_attention_backward_sm90(pybind11::module_& m);
+void bind_attention_fp8_sm90(pybind11::module_& m);
 void bind_compose_factors(pybind11::module_& m);
 void bind_fuse_tokens(pybind11::module_& m);
 void bind_tokenize(pybind11::module_& m);

@@ -238,8 +238,8 @@ def _tokenize_inputs(
     return call, [pixels, weights, normal(channels) if bias else None, *rows, extra]
 
 
-def attention() -> Iterator[Case]:
-    segments = {
+def _segments() -> dict[str, tuple[ops.Segments, int]]:
+    return {
         "1 row": (ops.Segments.global_(3, 1), 3),
         "7 rows": (ops.Segments.batched(3, 7), 21),
         "64 rows": (ops.Segments.frame(2, 1, 64), 130),
@@ -251,8 +251,11 @@ def attention() -> Iterator[Case]:
         "groups": (ops.Segments(length=5, count=3, stride=7, groups=2, group_stride=30, start=3), 70),
         "nothing": (ops.Segments(length=0), 0),
     }
+
+
+def attention() -> Iterator[Case]:
     for (name, (layout, rows)), heads, dtype, exact in itertools.product(
-        segments.items(), (1, 3), HALVES, (False, True)
+        _segments().items(), (1, 3), HALVES, (False, True)
     ):
         yield Case(
             f"{name} {heads} heads {short(dtype)}{' deterministic' if exact else ''}",
@@ -278,8 +281,28 @@ def _attention_inputs(
     return call, [normal(rows, 3 * heads + 1, 64, dtype=dtype)]
 
 
+def attention_fp8() -> Iterator[Case]:
+    for (name, (layout, rows)), heads, dtype in itertools.product(_segments().items(), (1, 3), HALVES):
+        yield Case(
+            f"{name} {heads} heads {short(dtype)}",
+            lambda s=layout, r=rows, h=heads, d=dtype: _attention_fp8_inputs(s, r, h, d),
+            without=(0,),
+        )
+
+
+def _attention_fp8_inputs(
+    segments: ops.Segments, rows: int, heads: int, dtype: torch.dtype
+) -> tuple[Callable[..., Any], list[Tensor | None]]:
+    def call(qkv: Tensor) -> Any:
+        packed = qkv[:, : 3 * heads].unflatten(1, (3, heads))
+        return ops.attention_fp8(packed, segments=segments, return_lse=True, backend=BACKEND)
+
+    return call, [normal(rows, 3 * heads + 1, 64, dtype=dtype)]
+
+
 SWEEPS: dict[str, Callable[[], Iterator[Case]]] = {
     "attention": attention,
+    "attention_fp8": attention_fp8,
     "compose_factors": compose_factors,
     "fuse_tokens": fuse_tokens,
     "tokenize": tokenize,

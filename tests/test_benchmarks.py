@@ -229,7 +229,8 @@ def test_peers_run_at_tiny_sizes(op: str, tiny: Path) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_triton_providers_run_at_tiny_sizes(op: str, tiny: Path) -> None:
     for case in cases_of(op, TINIEST):
-        assert harness.measure(case, ["any4d_fast:triton"])[0].ms == 2.0
+        if "any4d_fast:triton" in case.providers:  # attention in 8 bits exists in CUDA C++ only
+            assert harness.measure(case, ["any4d_fast:triton"])[0].ms == 2.0
 
 
 def test_model_cases_run_at_tiny_sizes(tiny: Path) -> None:

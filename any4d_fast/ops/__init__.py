@@ -9,6 +9,7 @@ from __future__ import annotations
 # Imported at once, not on first use: modules and functions share their names, and importing a submodule
 # would otherwise put the module in the function's place.
 from .attention import Segments, attention, attention_scale
+from .attention_fp8 import attention_fp8
 from .compose_factors import Factors, compose_factors
 from .fuse_tokens import fuse_tokens
 from .layer_norm import layer_norm
@@ -26,6 +27,7 @@ __all__ = [
     "Factors",
     "Segments",
     "attention",
+    "attention_fp8",
     "attention_scale",
     "compose_factors",
     "fuse_tokens",

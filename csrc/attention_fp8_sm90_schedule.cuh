@@ -1,0 +1,147 @@
+// Which blocks of threads compute which keys of which queries, and sums of what several of them made of one tile.
+#pragma once
+
+#include "attention_fp8_sm90.cuh"
+#include "attention_fp8_sm90_softmax.cuh"
+#include "hopper.cuh"
+
+namespace any4d::fp8 {
+
+using hopper::kWarpgroup;
+using hopper::named_sync;
+
+constexpr int kStoreBarrier = 4;
+constexpr int kSums = kHeadDim + 8;  // columns of a block's output: channels, the row's sum, seven without a meaning
+
+struct Work {
+    const KeyBlock* key_blocks;
+    const QueryTile* query_tiles;
+    const QueryRow* query_rows;
+    float* lse;
+    float* parts;  // of split tiles: [blocks of threads, 2, GROUPS, kPart, 128]
+    int* arrived;  // parts of a split tile that are done: [split tiles, GROUPS]
+    int64_t rows;
+    SegmentLayout segments;
+    int heads;
+    int length;
+    int count;
+    int tiles;   // of queries in one (segment, head)
+    int blocks;  // of keys in one (segment, head)
+    int whole;   // tiles that one block of threads computes alone
+    int split;   // tiles after them that are cut along their keys
+};
+
+// What a thread keeps of a part of a split tile: accumulators, two sums, two references.
+constexpr int kPart = kHeadDim / 2 + 4;
+
+// A run of `count` key blocks from `begin` on of one tile.
+struct Piece {
+    int tile, begin, count;
+};
+
+// The pieces of one block of threads. Whole tiles go around; the rest, too few for all multiprocessors, is cut into
+// equal runs of key blocks, which begin and end inside tiles. A unit is a key block of a split tile.
+struct Schedule {
+    const Work& work;
+    int tile, unit;
+
+    __device__ __forceinline__ explicit Schedule(const Work& given)
+        : work(given), tile(blockIdx.x), unit(first_unit(given, blockIdx.x)) {}
+
+    __device__ __forceinline__ static int first_unit(const Work& work, int block) {
+        return block * work.split * work.blocks / int(gridDim.x);
+    }
+
+    // The block of threads that computes a unit.
+    __device__ __forceinline__ static int owner(const Work& work, int unit) {
+        return ((unit + 1) * int(gridDim.x) - 1) / (work.split * work.blocks);
+    }
+
+    __device__ __forceinline__ bool next(Piece& piece) {
+        if (tile < work.whole) {
+            piece = {tile, 0, work.blocks};
+            tile += gridDim.x;
+            return true;
+        }
+        const int end = first_unit(work, blockIdx.x + 1);
+        if (work.split == 0 || unit >= end) return false;
+        const int split = unit / work.blocks, begin = unit - split * work.blocks;
+        piece = {work.whole + split, begin, min(work.blocks - begin, end - unit)};
+        unit += piece.count;
+        return true;
+    }
+};
+
+// A row's output and sum so far, and a block's to add to them.
+struct Total {
+    float acc[kHeadDim / 2];
+    float sum[2];  // of all columns, in the first lane of a quad; in the others nothing that means anything
+    float value_scale;  // that `acc` has yet to be multiplied by
+
+    __device__ __forceinline__ Total() : acc{}, sum{}, value_scale(1.f) {}
+
+    __device__ __forceinline__ void add(const float (&part)[kSums / 2], const float (&factor)[2], float scale,
+                                        float inverse) {
+        const float change = value_scale * inverse;
+        const float grown[2] = {factor[0] * change, factor[1] * change};
+#pragma unroll
+        for (int i = 0; i < kHeadDim / 2; ++i) acc[i] = fmaf(acc[i], grown[i / 2 % 2], part[i]);
+        sum[0] = fmaf(sum[0], factor[0], part[kHeadDim / 2]);
+        sum[1] = fmaf(sum[1], factor[1], part[kHeadDim / 2 + 2]);
+        value_scale = scale;
+    }
+};
+
+// Where a warpgroup of a block of threads keeps its part of a split tile, for this thread.
+template <int GROUPS>
+__device__ __forceinline__ float* part_of(const Work& work, int block, int split, int member) {
+    const bool second = Schedule::first_unit(work, block) < split * work.blocks;
+    return work.parts + ((block * 2 + second) * GROUPS + member) * kPart * kWarpgroup + threadIdx.x % kWarpgroup;
+}
+
+// Stores a part of a split tile. The warpgroup that stores the last one gets the whole back: true. Parts are summed in
+// the order of their keys, whoever sums, so that results repeat bit for bit.
+template <int GROUPS>
+__device__ bool merge(Total& total, Softmax& softmax, int* done, int tile, int member, const Work& work) {
+    const int split = tile - work.whole;
+    const int barrier = kStoreBarrier + member;
+    float* part = part_of<GROUPS>(work, blockIdx.x, split, member);
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) part[i * kWarpgroup] = total.acc[i] * total.value_scale;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        part[(kHeadDim / 2 + half) * kWarpgroup] = total.sum[half];
+        part[(kHeadDim / 2 + 2 + half) * kWarpgroup] = softmax.reference[half];
+    }
+    __threadfence();
+    named_sync(barrier, kWarpgroup);
+    if (threadIdx.x % kWarpgroup == 0) *done = atomicAdd(work.arrived + split * GROUPS + member, 1);
+    named_sync(barrier, kWarpgroup);
+    const int unit = split * work.blocks;
+    const int begin = Schedule::owner(work, unit), end = Schedule::owner(work, unit + work.blocks - 1) + 1;
+    if (*done != end - begin - 1) return false;
+    __threadfence();
+
+    for (int block = begin; block < end; ++block) {
+        const float* other = part_of<GROUPS>(work, block, split, member) + (kHeadDim / 2 + 2) * kWarpgroup;
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+            softmax.reference[half] = max_or_nan(softmax.reference[half], __ldcg(other + half * kWarpgroup));
+    }
+    total = Total();
+    for (int block = begin; block < end; ++block) {
+        const float* other = part_of<GROUPS>(work, block, split, member);
+        float factor[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const float reference = __ldcg(other + (kHeadDim / 2 + 2 + half) * kWarpgroup);
+            factor[half] = exp2_unit(reference - softmax.reference[half]);
+            total.sum[half] += factor[half] * __ldcg(other + (kHeadDim / 2 + half) * kWarpgroup);
+        }
+#pragma unroll
+        for (int i = 0; i < kHeadDim / 2; ++i) total.acc[i] += factor[i / 2 % 2] * __ldcg(other + i * kWarpgroup);
+    }
+    return true;
+}
+
+}  // namespace any4d::fp8
