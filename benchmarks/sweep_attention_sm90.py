@@ -47,8 +47,9 @@ CHECKS = [
 ]
 BUDGET = {torch.bfloat16: 6e-3, torch.float16: 1e-3}
 """Rounding of the output, of the probabilities and of their gradients: two to three units of each dtype."""
-FP8_BUDGET = 1e-2
-"""Of the 8-bit forward against its emulation: ties that fall otherwise, and the units' exponentials."""
+FP8_BUDGET = 3e-2
+"""Of the 8-bit forward against its emulation: ties that fall otherwise, the units' exponentials, and tiles split along
+the keys, whose parts round their probabilities by maxima of their own."""
 SECONDS_A_CHECK = 120
 
 

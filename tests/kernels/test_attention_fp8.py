@@ -72,7 +72,8 @@ class TestEveryVariant:
         expected, expected_lse = reference_attention_fp8(qkv.float(), segments, SCALE, LINEAR_RUNS[variant])
         assert out.dtype == dtype
         assert relative_error(out, expected) < 1e-2
-        torch.testing.assert_close(lse, expected_lse, rtol=0, atol=1e-2)
+        # One probability of five keys that rounds the other way is a step of 2^-4 in a fifth of the sum.
+        torch.testing.assert_close(lse, expected_lse, rtol=0, atol=2.5e-2)
         uncovered = expected_lse.eq(0).all(0)
         assert not out[uncovered].any() and not lse[:, uncovered].any()
 
