@@ -385,8 +385,8 @@ class Any4D(nn.Module):
         51.5 GB with nothing recomputed, 36.2 with "mlp", 31.4 with "mlp" and "heads", 20.7 with "blocks". With the
         heads on 8 views at once (`minibatch_size=8` in the call) "mlp", "heads" stays below 30 GB: 28.5.
 
-        All this with the heads' last layers on Triton (`use_backend("triton")`). cuDNN, which training takes for them by
-        itself, keeps two maps more, 357 MB a view; with "heads" only while a head's gradients are computed.
+        All this with the heads' last layers on Triton (`use_backend("triton")`). cuDNN, which training takes for them
+        by itself, keeps two maps more, 357 MB a view; with "heads" only while a head's gradients are computed.
 
         Args:
             parts: any of "mlp", "blocks" and "heads"; none to keep everything. The configuration's options
