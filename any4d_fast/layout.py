@@ -1,9 +1,14 @@
-"""Strides of maps and small rows, as the kernels of every backend want them."""
+"""Addresses and strides of maps and rows, as the kernels of every backend want them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def copy_engine_reads(x: Tensor) -> bool:
+    """Whether Hopper's copy engine can read `x`: its address and all strides but the last are multiples of 16 bytes."""
+    return x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:-1])
 
 
 def evenly_spaced(maps: Tensor) -> Tensor:

@@ -297,37 +297,9 @@ __global__ void __launch_bounds__((GROUPS + 1) * kWarpgroup, 1)
 }
 
 constexpr int kGroups = 3;
-constexpr int kMostSplit = 1024;  // split tiles: fewer than multiprocessors
-constexpr int kArrivedBytes = kMostSplit * 4 * sizeof(int);
-// Splitting costs a part written and read, and a start and an end more: about as long as this many blocks of keys.
-constexpr int kSplitCost = 6;
-
-struct Plan {
-    int grid, tiles, blocks, whole, split;
-};
-
-Plan plan_of(const AttentionFp8& call) {
-    int device = 0, multiprocessors = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    constexpr int kTile = kGroups * kQueries;
-    Plan plan{};
-    plan.tiles = int((call.segments.length + kTile - 1) / kTile);
-    plan.blocks = int((call.segments.length + kKeys - 1) / kKeys);
-    plan.whole = int(plan.tiles * call.heads * call.segments.total());
-    const int rest = plan.whole % multiprocessors;
-    const int64_t run = int64_t(rest) * plan.blocks / multiprocessors;  // key blocks of every share of the rest
-    const bool fits = rest < kMostSplit && int64_t(multiprocessors + 1) * rest * plan.blocks < INT32_MAX;
-    if (rest > 0 && fits && run >= 4 && plan.blocks - run >= kSplitCost) {
-        plan.split = rest;
-        plan.whole -= rest;
-    }
-    plan.grid = plan.split > 0 ? multiprocessors : std::min(plan.whole, multiprocessors);
-    return plan;
-}
 
 template <typename T, int GROUPS, int STAGES, bool PINGPONG, int LINEAR>
-cudaError_t launch(const AttentionFp8& call, const Plan& plan, const Work& work, cudaStream_t stream) {
+cudaError_t launch(const AttentionForward& call, const Plan& plan, const Work& work, cudaStream_t stream) {
     CUtensorMap out_map;
     const int64_t head = kHeadDim * sizeof(T);
     if (cudaError_t error = make_segment_map(&out_map, call.out, call.dtype, kHeadDim, call.heads * head, head,
@@ -351,7 +323,7 @@ cudaError_t launch(const AttentionFp8& call, const Plan& plan, const Work& work,
 }
 
 template <typename T>
-cudaError_t launch_variant(const AttentionFp8& call, const Plan& plan, const Work& work, cudaStream_t stream) {
+cudaError_t launch_variant(const AttentionForward& call, const Plan& plan, const Work& work, cudaStream_t stream) {
     switch (call.variant) {
         case 0: return launch<T, kGroups, 6, true, 4>(call, plan, work, stream);
         case 1: return launch<T, kGroups, 6, false, 4>(call, plan, work, stream);
@@ -368,17 +340,17 @@ int attention_fp8_variants() {
     return 4;
 }
 
-int64_t attention_fp8_workspace(const AttentionFp8& call) {
-    const fp8::Plan plan = fp8::plan_of(call);
+int64_t attention_fp8_workspace(const AttentionForward& call) {
+    const tiling::Plan plan = fp8::plan_of(call.segments, call.heads, fp8::kGroups * fp8::kQueries, fp8::kKeys);
     const fp8::Layout layout(call.heads * call.segments.total(), plan.blocks);
-    const int64_t parts = int64_t(plan.grid) * 2 * fp8::kGroups * fp8::kPart * hopper::kWarpgroup * sizeof(float);
-    return layout.rest + (plan.split == 0 ? 0 : fp8::kArrivedBytes + parts);
+    const int64_t parts = int64_t(plan.grid) * 2 * fp8::kGroups * tiling::kPart * hopper::kWarpgroup * sizeof(float);
+    return layout.rest + (plan.split == 0 ? 0 : tiling::kArrivedBytes + parts);
 }
 
-cudaError_t attention_fp8(const AttentionFp8& call, cudaStream_t stream) {
+cudaError_t attention_fp8(const AttentionForward& call, cudaStream_t stream) {
     const SegmentLayout& segments = call.segments;
     if (segments.length * call.heads * segments.total() > INT32_MAX / 2) return cudaErrorInvalidConfiguration;
-    const fp8::Plan plan = fp8::plan_of(call);
+    const tiling::Plan plan = fp8::plan_of(call.segments, call.heads, fp8::kGroups * fp8::kQueries, fp8::kKeys);
     const fp8::Layout layout(call.heads * segments.total(), plan.blocks);
     char* workspace = static_cast<char*>(call.workspace);
     const auto key_blocks = reinterpret_cast<fp8::KeyBlock*>(workspace + layout.blocks);
@@ -406,7 +378,7 @@ cudaError_t attention_fp8(const AttentionFp8& call, cudaStream_t stream) {
 
     fp8::Work work{key_blocks, query_tiles, query_rows, call.lse};
     work.arrived = arrived;
-    work.parts = reinterpret_cast<float*>(workspace + layout.rest + fp8::kArrivedBytes);
+    work.parts = reinterpret_cast<float*>(workspace + layout.rest + tiling::kArrivedBytes);
     work.rows = call.rows;
     work.segments = segments;
     work.heads = call.heads;

@@ -3,12 +3,14 @@
 
 #include "attention_fp8_sm90.cuh"
 #include "attention_fp8_sm90_softmax.cuh"
+#include "attention_tiling.cuh"
 #include "hopper.cuh"
 
 namespace any4d::fp8 {
 
 using hopper::kWarpgroup;
 using hopper::named_sync;
+using namespace tiling;
 
 constexpr int kStoreBarrier = 4;
 constexpr int kSums = kHeadDim + 8;  // columns of a block's output: channels, the row's sum, seven without a meaning
@@ -31,46 +33,7 @@ struct Work {
     int split;   // tiles after them that are cut along their keys
 };
 
-// What a thread keeps of a part of a split tile: accumulators, two sums, two references.
-constexpr int kPart = kHeadDim / 2 + 4;
-
-// A run of `count` key blocks from `begin` on of one tile.
-struct Piece {
-    int tile, begin, count;
-};
-
-// The pieces of one block of threads. Whole tiles go around; the rest, too few for all multiprocessors, is cut into
-// equal runs of key blocks, which begin and end inside tiles. A unit is a key block of a split tile.
-struct Schedule {
-    const Work& work;
-    int tile, unit;
-
-    __device__ __forceinline__ explicit Schedule(const Work& given)
-        : work(given), tile(blockIdx.x), unit(first_unit(given, blockIdx.x)) {}
-
-    __device__ __forceinline__ static int first_unit(const Work& work, int block) {
-        return block * work.split * work.blocks / int(gridDim.x);
-    }
-
-    // The block of threads that computes a unit.
-    __device__ __forceinline__ static int owner(const Work& work, int unit) {
-        return ((unit + 1) * int(gridDim.x) - 1) / (work.split * work.blocks);
-    }
-
-    __device__ __forceinline__ bool next(Piece& piece) {
-        if (tile < work.whole) {
-            piece = {tile, 0, work.blocks};
-            tile += gridDim.x;
-            return true;
-        }
-        const int end = first_unit(work, blockIdx.x + 1);
-        if (work.split == 0 || unit >= end) return false;
-        const int split = unit / work.blocks, begin = unit - split * work.blocks;
-        piece = {work.whole + split, begin, min(work.blocks - begin, end - unit)};
-        unit += piece.count;
-        return true;
-    }
-};
+using Schedule = tiling::ScheduleOf<Work>;
 
 // A row's output and sum so far, and a block's to add to them.
 struct Total {
@@ -91,13 +54,6 @@ struct Total {
         value_scale = scale;
     }
 };
-
-// Where a warpgroup of a block of threads keeps its part of a split tile, for this thread.
-template <int GROUPS>
-__device__ __forceinline__ float* part_of(const Work& work, int block, int split, int member) {
-    const bool second = Schedule::first_unit(work, block) < split * work.blocks;
-    return work.parts + ((block * 2 + second) * GROUPS + member) * kPart * kWarpgroup + threadIdx.x % kWarpgroup;
-}
 
 // Stores a part of a split tile. The warpgroup that stores the last one gets the whole back: true. Parts are summed in
 // the order of their keys, whoever sums, so that results repeat bit for bit.

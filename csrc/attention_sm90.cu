@@ -45,7 +45,7 @@ __device__ void produce(Shared<T, C>& shared, const CUtensorMap& q_map, const CU
         }
         turn.advance();
         for (int j = 0; j < piece.count; ++j) {
-            const int row = piece.row_of_block(j, work);
+            const int row = row_of_block(piece, j, work);
             uint64_t* const full = &shared.full[ring.stage];
             Slot<T>& slot = shared.slot[ring.stage];
             barrier_wait(&shared.empty[ring.stage], ring.parity ^ 1);
@@ -147,7 +147,7 @@ cudaError_t launch(const AttentionForward& call, cudaStream_t stream) {
     if (cudaError_t error = map(&v_map, call.v, row, head, kKeys)) return error;
     if (cudaError_t error = map(&out_map, call.out, out_row, out_head, kQueries)) return error;
 
-    const Plan plan = plan_of(call, kGroups * kQueries);
+    const Plan plan = plan_of(segments, call.heads, kGroups * kQueries, kKeys);
     Work work{call.out, call.lse, nullptr, nullptr, call.rows, segments, call.heads};
     work.length = int(segments.length);
     work.count = int(segments.count);
@@ -192,8 +192,8 @@ int attention_forward_variants() {
 }
 
 int64_t attention_forward_workspace(const AttentionForward& call) {
-    const Plan plan = plan_of(call, 3 * kQueries);
-    return plan.split == 0 ? 0 : kArrivedBytes + int64_t(plan.grid) * 2 * 3 * kPart * kWarpgroup * sizeof(float);
+    const Plan plan = plan_of(call.segments, call.heads, kGroups * kQueries, kKeys);
+    return plan.split == 0 ? 0 : kArrivedBytes + int64_t(plan.grid) * 2 * kGroups * kPart * kWarpgroup * sizeof(float);
 }
 
 cudaError_t attention_forward(const AttentionForward& call, cudaStream_t stream) {

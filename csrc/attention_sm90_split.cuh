@@ -11,16 +11,6 @@ using namespace hopper;
 
 constexpr int kStoreBarrier = 5;  // named barriers, one a warpgroup
 
-// What a thread keeps of a part of a split tile: accumulators, two sums, two references.
-constexpr int kPart = kHeadDim / 2 + 4;
-
-// Where a warpgroup of a block of threads keeps its part of a split tile, for this thread.
-template <int GROUPS>
-__device__ __forceinline__ float* part_of(const Work& work, int block, int split, int member) {
-    const bool second = Schedule::first_unit(work, block) < split * work.blocks;
-    return work.parts + ((block * 2 + second) * GROUPS + member) * kPart * kWarpgroup + threadIdx.x % kWarpgroup;
-}
-
 // Stores a part of a split tile. The warpgroup that stores the last one gets the whole back: true. Parts are summed in
 // the order of their keys, whoever sums, so that results repeat bit for bit.
 template <int GROUPS>

@@ -15,6 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from any4d_fast.layout import copy_engine_reads
+
 from ._attention_tiles import (
     ForwardTile,
     HopperTile,
@@ -199,8 +201,7 @@ def descriptor(x: Tensor, segments: list[int], block: int, width: int) -> Tensor
 
 def tma_reasons(x: Tensor) -> str | None:
     """Why the copy engine cannot read `x`, or None: it wants addresses and strides that are multiples of 16 bytes."""
-    aligned = x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:-1])
-    return None if aligned else "addresses are not multiples of 16 bytes"
+    return None if copy_engine_reads(x) else "addresses are not multiples of 16 bytes"
 
 
 def zero_uncovered(x: Tensor, segments: list[int]) -> None:

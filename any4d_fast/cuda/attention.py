@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import _ext
-from . import dtype_code, is_aligned, pointer, stream
+from ..layout import copy_engine_reads
+from . import dtype_code, pointer, stream
 
 HEAD_DIM = 64
 
@@ -22,7 +23,7 @@ def check_rows(name: str, x: Tensor) -> None:
             f"{name}: expected a contiguous last dimension of {HEAD_DIM} channels, got {list(x.shape)} with strides "
             f"{x.stride()}; use backend='triton' for other head dims"
         )
-    if not is_aligned(x) or any(s * x.element_size() % 16 for s in x.stride()[:-1]):
+    if not copy_engine_reads(x):
         raise ValueError(
             f"{name}: expected its address and strides to be multiples of 16 bytes, got address {x.data_ptr():#x} and "
             f"strides {x.stride()} of {x.element_size()} bytes; call .contiguous() on it"
@@ -44,6 +45,13 @@ def forward(qkv: Tensor, segments: list[int], scale: float, variant: int | None 
     Raises:
         ValueError: `check_rows`' reasons.
     """
+    return run_forward("attention_forward", qkv, segments, scale, variant)
+
+
+def run_forward(
+    kernel: str, qkv: Tensor, segments: list[int], scale: float, variant: int | None
+) -> tuple[Tensor, Tensor]:
+    """`forward` by the extension's function `kernel`: the arithmetic differs, the call does not."""
     rows, _, heads, _ = qkv.shape
     out = torch.empty((rows, heads, HEAD_DIM), dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty((heads, rows), dtype=torch.float32, device=qkv.device)
@@ -54,9 +62,9 @@ def forward(qkv: Tensor, segments: list[int], scale: float, variant: int | None 
     q, k, v = qkv.unbind(1)
     extension = _ext.module()
     device = qkv.device.index
-    size = extension.attention_forward_workspace(heads=heads, segments=segments, device=device)
+    size = getattr(extension, f"{kernel}_workspace")(heads=heads, segments=segments, device=device)
     workspace = torch.empty(size, dtype=torch.uint8, device=qkv.device) if size else None
-    extension.attention_forward(
+    getattr(extension, kernel)(
         q=q.data_ptr(),
         k=k.data_ptr(),
         v=v.data_ptr(),

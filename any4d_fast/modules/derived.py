@@ -1,4 +1,4 @@
-"""Tensors derived from parameters (cast, folded, resized), kept until a parameter changes and then renewed in place.
+"""Tensors derived from parameters (cast, padded, resized), kept until a parameter changes and then renewed in place.
 
 They live beside a module's parameters as a plain attribute: no state dict has them, copies and pickles of a module
 start without. Renewing writes into the same memory, so that a captured CUDA graph goes on reading the right numbers; a

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import backends
+from ..layout import copy_engine_reads
 from ..reference.attention import Segments
 from ..reference.attention import attention as reference_attention
 from . import _attention_libraries
@@ -106,13 +107,9 @@ def _cuda_reasons(qkv: Tensor, **request: Any) -> list[str]:
         why_not.append(f"dtype {qkv.dtype} is not bfloat16 or float16")
     if qkv.shape[3] != 64:
         why_not.append(f"head_dim {qkv.shape[3]} is not 64")
-    if not torch.compiler.is_compiling() and not _copy_engine_reads(qkv):
+    if not torch.compiler.is_compiling() and not copy_engine_reads(qkv):
         why_not.append("addresses and strides are not multiples of 16 bytes")
     return why_not
-
-
-def _copy_engine_reads(qkv: Tensor) -> bool:
-    return qkv.data_ptr() % 16 == 0 and all(s * qkv.element_size() % 16 == 0 for s in qkv.stride()[:-1])
 
 
 def _triton_reasons(qkv: Tensor, **request: Any) -> list[str]:
