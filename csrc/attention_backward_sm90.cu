@@ -153,6 +153,14 @@ __device__ __forceinline__ void pass_turn(int* turn, int next) {
     asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(turn), "r"(next) : "memory");
 }
 
+// By the lane that gives the slot back: what another lane read would be ordered by the warp alone, which holds, but
+// which racecheck cannot see.
+__device__ __forceinline__ TilePart read_part(const TilePart& shared) {
+    TilePart part{};
+    if (threadIdx.x % 32 == 0) part = shared;
+    return {uniform(part.unit), uniform(part.key_block), uniform(part.first), uniform(part.count), uniform(part.slot)};
+}
+
 template <bool ORDERED, typename S>
 __device__ void compute_dq(S& shared, const Work& work) {
     using T = typename S::Element;
@@ -161,12 +169,10 @@ __device__ void compute_dq(S& shared, const Work& work) {
     Turn<S::kDsStages> turn;
     for (;; ++keys.used) {
         barrier_wait(&shared.k_full[keys.stage()], keys.parity());
-        // By the lane that gives the slot back: what another lane read would be ordered by the warp alone.
-        TilePart part{};
-        if (lane == 0) part = shared.part[keys.stage()];
-        int left = uniform(part.count), block = uniform(part.first);
+        const TilePart part = read_part(shared.part[keys.stage()]);
+        int left = part.count, block = part.first;
         if (left == 0) break;
-        const int64_t unit = int64_t(uniform(part.unit)) * work.plan.steps;
+        const int64_t unit = int64_t(part.unit) * work.plan.steps;
         for (; left > 0; --left, ++turn.used) {
             const uint64_t b = operand(shared.k[keys.stage()][0]);
             float dq[32];
@@ -242,8 +248,9 @@ __device__ void compute_keys(S& shared, const Work& work, int member) {
     for (;; ++keys.used) {
         KeyGroup<typename S::Element, kHeldKeys> state;  // of one tile: registers that outlive it are registers less
         barrier_wait(&shared.k_full[keys.stage()], keys.parity());
-        const TilePart& part = shared.part[keys.stage()];
-        int left = uniform(part.count);
+        const TilePart& stored = shared.part[keys.stage()];
+        const TilePart part = read_part(stored);
+        int left = part.count;
         if (left == 0) break;
         const auto* k = shared.k[keys.stage()][member];
         state.load_operand(state.k, k);
@@ -275,7 +282,8 @@ __device__ void compute_keys(S& shared, const Work& work, int member) {
         state.issue_sums(shared.q[before], shared.grad_out[before], true);
         state.wait_all();
         arrive_warp(&shared.q_empty[before]);
-        write_gradients(shared.staging[member], state, work, part, member);
+        // Read again: a part held through the loop is registers less for the tile.
+        write_gradients(shared.staging[member], state, work, read_part(stored), member);
         arrive_warp(&shared.k_empty[keys.stage()]);  // with it, the part may change
     }
     if (threadIdx.x % kWarpgroup == 0) bulk_wait<0>();

@@ -12,8 +12,10 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -269,14 +271,9 @@ def _attention_inputs(
     def call(qkv: Tensor) -> Any:
         # Wider rows than three times the heads: what lies between them must not be touched.
         packed = qkv[:, : 3 * heads].unflatten(1, (3, heads))
-        out, lse = ops.attention(
+        return ops.attention(
             packed, segments=segments, deterministic=deterministic, return_lse=True, backend=BACKEND
         )  # fmt: skip
-        if isinstance(out, Tensor) and out.is_cuda:
-            # initcheck does not see what the copy engine writes, and the backward pass reads the output: an ordinary
-            # write of the same values tells it.
-            out.data.copy_(out.detach().clone())
-        return out, lse
 
     return call, [normal(rows, 3 * heads + 1, 64, dtype=dtype)]
 
@@ -300,6 +297,27 @@ def _attention_fp8_inputs(
     return call, [normal(rows, 3 * heads + 1, 64, dtype=dtype)]
 
 
+@contextmanager
+def outputs_written() -> Iterator[None]:
+    """Zeros in every new 16-bit tensor, by an ordinary kernel.
+
+    initcheck does not see what the copy engine writes, which is attention's output and gradient, and takes it for never
+    written wherever it is read. Workspaces are of other dtypes and stay as they are; that kernels write all of an
+    output is what tests with poisoned memory show.
+    """
+    empty = torch.empty
+
+    def written(*args: Any, **kwargs: Any) -> Tensor:
+        tensor = empty(*args, **kwargs)
+        return tensor.zero_() if tensor.dtype in HALVES else tensor
+
+    with mock.patch.object(torch, "empty", written):
+        yield
+
+
+COPY_ENGINE = ("attention", "attention_fp8")
+"""Ops whose outputs the copy engine writes."""
+
 SWEEPS: dict[str, Callable[[], Iterator[Case]]] = {
     "attention": attention,
     "attention_fp8": attention_fp8,
@@ -322,7 +340,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cases = [case for case in SWEEPS[op]() if options.only in case.name]
         for case in cases[:: options.every]:
             try:
-                values += case.run()
+                with outputs_written() if op in COPY_ENGINE else nullcontext():
+                    values += case.run()
             except Exception as error:
                 raise RuntimeError(f"{op}: {case.name}: {error}") from error
             count += 1
