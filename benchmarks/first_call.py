@@ -1,8 +1,8 @@
 """Seconds of every op's first call in a new process with an empty Triton cache, and of later calls with other numbers
 of views, which must compile nothing: `python -m benchmarks.first_call --jobs 8`.
 
-A call is the forward and, where the op has one, the backward pass at the model's sizes. Kernels are counted by the
-binaries in Triton's cache. Rows go to `benchmarks/results/first_call/<gpu>.csv`; the exit code is 1 when a first call
+A call is the forward or, after it in the same process, the backward pass at the model's sizes: two registered operators,
+timed one by one. Kernels are counted by the binaries in Triton's cache. Rows go to `benchmarks/results/first_call/<gpu>.csv`; the exit code is 1 when a first call
 took longer than the limit, a later one compiled something, or anything failed.
 """
 
@@ -45,7 +45,7 @@ class Call:
     kernels: int
 
 
-KEY = ("case", "size", "provider", "backend", "call")
+KEY = ("case", "size", "direction", "provider", "backend", "call")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -119,7 +119,7 @@ def timed(call: Callable[[], Any], synchronize: Callable[[], None], cache: Path)
 
 
 def measure(job: str, options: argparse.Namespace, cache: Path) -> list[Call]:
-    """The calls of one job, in this process."""
+    """The calls of one job, in this process; of a backward case also the forward pass that comes before it."""
     import torch
 
     op, index, name = job.split(":", 2)
@@ -129,10 +129,14 @@ def measure(job: str, options: argparse.Namespace, cache: Path) -> list[Call]:
     for number, views in enumerate([options.views, *options.later], start=1):
         case = cases(op, views, options)[int(index)]
         inputs = case.inputs()
-        seconds, kernels = timed(lambda make=case.providers[name], given=inputs: make(given)(), synchronize, cache)
-        found.append(
-            Call(op, f"{case.size}", case.direction, provider, backend, number, views, results.short(seconds), kernels)
-        )
+        made: list[Callable[[], Any]] = []
+        # Making a backward provider's run is its forward pass; a forward provider's does nothing.
+        prepare = timed(lambda c=case, given=inputs, to=made: to.append(c.providers[name](given)), synchronize, cache)
+        own = timed(made[0], synchronize, cache)
+        parts = {"fwd": prepare, "bwd": own} if case.direction == "bwd" else {"fwd": own}
+        for direction, (seconds, kernels) in parts.items():
+            shown = results.short(seconds)
+            found.append(Call(op, case.size, direction, provider, backend, number, views, shown, kernels))
     # A later call has another size; the row belongs to the first one's.
     return [Call(**{**asdict(call), "size": found[0].size}) for call in found]
 
@@ -156,7 +160,7 @@ def problems(calls: Sequence[Call], limit: float) -> list[str]:
     """What the calls show that they should not."""
     found = []
     for call in calls:
-        name = f"{call.case} {call.size} {call.provider}:{call.backend}"
+        name = f"{call.case} {call.direction} {call.size} {call.provider}:{call.backend}"
         if call.call == 1 and call.seconds > limit:
             found.append(f"{name}: the first call took {call.seconds:g} s, more than {limit:g} s")
         if call.call > 1 and call.kernels:
@@ -201,7 +205,7 @@ def measure_all(options: argparse.Namespace, arguments: Sequence[str]) -> tuple[
                 failures += [job] if found.startswith("FAILED") else []
                 continue
             calls += found
-            shown = ", ".join(f"{c.views} views {c.seconds:g} s ({c.kernels} kernels)" for c in found)
+            shown = ", ".join(f"{c.direction} {c.views} views {c.seconds:g} s ({c.kernels} kernels)" for c in found)
             print(f"{job} {found[0].size}: {shown}", flush=True)
     return calls, failures
 

@@ -7,6 +7,8 @@ touches no device, and tensors exist only while a case is measured.
 from __future__ import annotations
 
 import functools
+import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -102,10 +104,12 @@ class Case:
         baseline: the provider whose error sets the budget.
         compare: turns a provider's result into the list that is compared with the oracle's.
         budgets: errors allowed, one an output, from (the baseline's errors, its outputs).
+        pooled: the outputs are draws of one thing, whose errors scatter; their geometric mean is judged.
         peer_slack: how many times the budget a provider that is not ours may err and still be timed.
         outputs: names of the compared outputs, when each is to have its own line in the results.
         gate: a smaller case with the same providers that is checked instead, where this size has no oracle.
-        resident_gb: memory that a run needs and that `inputs` or a cache already hold; counted into the peak.
+        resident_gb: memory that a run of a provider, by name, needs and that `inputs` or a cache already hold; counted
+            into the peak.
         reset: called before a provider is measured, to drop what another one left behind.
     """
 
@@ -124,10 +128,11 @@ class Case:
     suite: str = "op"
     compare: Callable[[Any], list[Tensor]] = flat
     budgets: Callable[[Sequence[float], Sequence[Tensor]], list[float]] = op_budgets
+    pooled: bool = False
     peer_slack: float = 1.0
     outputs: Sequence[str] = ()
     gate: Case | None = None
-    resident_gb: Callable[[Any], float] = field(default=lambda inputs: 0.0)
+    resident_gb: Callable[[Any, str], float] = field(default=lambda inputs, name: 0.0)
     reset: Callable[[], None] = field(default=lambda: None)
 
     def __str__(self) -> str:
@@ -284,7 +289,8 @@ class Session:
         return errors, self.case.budgets(errors, outputs)
 
     def _compare(self, outputs: list[Tensor]) -> list[float]:
-        return [relative_error(a, b) for a, b in zip(outputs, self._exact, strict=True)]
+        errors = [relative_error(a, b) for a, b in zip(outputs, self._exact, strict=True)]
+        return [math.exp(statistics.fmean(map(math.log, errors)))] if self.case.pooled and min(errors) > 0 else errors
 
     @functools.cached_property
     def _gate(self) -> Session | None:
@@ -357,7 +363,7 @@ class Session:
         make()()  # compiles, tunes and allocates workspaces that stay
         held = max(self._reserved_gb() - reserved, 0.0)
         function, peak = peak_gb(make)
-        first.peak_gb = short(peak + held + case.resident_gb(self.inputs))
+        first.peak_gb = short(peak + held + case.resident_gb(self.inputs, name))
         first.ms, first.ms_p20, first.ms_p80 = (short(t) for t in time_ms(function, case.suite == "op"))
         _rate(first, case)
         return rows, function

@@ -34,7 +34,10 @@ TOOLS = {
     "initcheck": (),
 }
 PRINTED = 500
-COMMON = ("--target-processes", "application-only", "--show-backtrace", "device", "--print-limit", str(PRINTED))
+COMMON = (
+    "--target-processes", "application-only", "--show-backtrace", "device", "--print-limit", str(PRINTED),
+    "--launch-timeout", "120",  # seconds until the process has a context: importing PyTorch may take longer than the 10
+)  # fmt: skip
 
 _BLOCK = re.compile(r"^=+ (?=\S)", re.MULTILINE)
 _SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard")

@@ -141,6 +141,18 @@ def test_rates_and_percent_of_the_slower_ceiling(tiny: Path) -> None:
     assert (found.ms, found.ms_p20, found.ms_p80, found.peak_gb) == (2.0, 1.5, 3.0, 0.25)
 
 
+def test_pooled_errors_are_judged_by_their_geometric_mean(tiny: Path) -> None:
+    exact = [torch.ones(4), torch.ones(4)]
+    case = harness.Case(
+        "op", "step", "2 clips", lambda: None,
+        {"eager": lambda _: lambda: [1.01 * exact[0], 1.04 * exact[1]], "any4d_fast:a": lambda _: lambda: exact},
+        lambda _: exact, budgets=bench_model.gradient_budgets, pooled=True,
+    )  # fmt: skip
+    session = harness.Session(case)
+    ((error, budget),) = session.check("eager")
+    assert error == pytest.approx(0.02, rel=1e-3) and budget == pytest.approx(1.1 * 0.02, rel=1e-3)
+
+
 def test_a_gate_is_checked_in_place_of_the_timed_size(tiny: Path) -> None:
     gate = case_with(1e-2, "any4d_fast:triton")
     case = case_with(0.0, "any4d_fast:triton", gate=gate)

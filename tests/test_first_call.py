@@ -57,17 +57,20 @@ def test_what_is_wrong() -> None:
     fine = [call(1, 2.9, 5), call(2, 9.0, 0)]
     assert first_call.problems(fine, 3.0) == []
     assert first_call.problems([call(1, 3.1, 5), call(2, 0.1, 2)], 3.0) == [
-        "op big any4d_fast:triton: the first call took 3.1 s, more than 3 s",
-        "op big any4d_fast:triton: a call with 41 views compiled 2 kernels more",
+        "op bwd big any4d_fast:triton: the first call took 3.1 s, more than 3 s",
+        "op bwd big any4d_fast:triton: a call with 41 views compiled 2 kernels more",
     ]
 
 
 def test_rows_replace_those_of_the_same_call(folder: Path) -> None:
     first_call.record([call(1, 1.0), call(2, 0.5)])
-    first_call.record([call(1, 2.0), call(1, 3.0, backend="cuda")])
+    first_call.record([call(1, 2.0), call(1, 3.0, backend="cuda"), call(1, 4.0, direction="fwd")])
     with open(folder, newline="") as file:
-        rows = [(row["backend"], row["call"], row["seconds"], row["commit"]) for row in csv.DictReader(file)]
-    assert rows == [("cuda", "1", "3.0", "abc"), ("triton", "1", "2.0", "abc"), ("triton", "2", "0.5", "abc")]
+        rows = [(row["direction"], row["backend"], row["call"], row["seconds"]) for row in csv.DictReader(file)]
+    assert rows == [
+        ("bwd", "cuda", "1", "3.0"), ("bwd", "triton", "1", "2.0"), ("bwd", "triton", "2", "0.5"),
+        ("fwd", "triton", "1", "4.0"),
+    ]  # fmt: skip
 
 
 def test_processes_on_the_cpu(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,7 +79,12 @@ def test_processes_on_the_cpu(folder: Path, capsys: pytest.CaptureFixture[str]) 
     with open(folder, newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["case"], row["direction"], row["call"], row["views"]) for row in rows] == [
-        *[("layer_norm", "bwd", number, views) for _ in range(2) for number, views in (("1", "3"), ("2", "2"))],
+        *[
+            ("layer_norm", direction, number, views)
+            for _ in range(2)
+            for direction in ("bwd", "fwd")
+            for number, views in (("1", "3"), ("2", "2"))
+        ],
         *[("normalize_depth", "fwd", number, views) for number, views in (("1", "3"), ("2", "2"))],
     ]
     assert all(float(row["seconds"]) > 0 and row["kernels"] == "0" for row in rows)

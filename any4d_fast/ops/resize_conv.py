@@ -170,17 +170,6 @@ def _exact(x: Tensor) -> bool:
     return x.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
 
 
-def _trained_in_float32(x: Tensor, *weights: Tensor) -> bool:
-    """Whether gradients are wanted that Triton would compute in float16 times powers of two.
-
-    Faster by four, but with them the whole model's gradients erred 1.22 times as much as plain autocast's on an H200,
-    where 1.1 is allowed: until that is understood they are there for who asks for them.
-    """
-    if x.dtype != torch.float32 or not torch.is_grad_enabled() or torch.are_deterministic_algorithms_enabled():
-        return False
-    return any(tensor.requires_grad for tensor in (x, *weights))
-
-
 def _check(x: Tensor, size: tuple[int, int], weight3: Tensor, bias3: Tensor, weight1: Tensor, bias1: Tensor) -> None:
     if x.ndim != 4 or not x.is_floating_point() or 0 in x.shape[1:]:
         raise ValueError(f"x: expected [N, h, w, C] float, got {list(x.shape)} {x.dtype}; move channels last")
@@ -255,7 +244,7 @@ def resize_conv(
     """
     _check(x, size, weight3, bias3, weight1, bias1)
     # Measured on an H200 (kernels/notes/resize_conv.md): without tensor cores cuDNN is faster by five.
-    first = ("cudnn",) if _exact(x) or _trained_in_float32(x, weight3, bias3, weight1, bias1) else ()
+    first = ("cudnn",) if _exact(x) else ()
     if backends.select("resize_conv", backend, x, size, weight3, bias3, weight1, bias1, first=first) != "triton":
         return reference_resize_conv(x, size, weight3, bias3, weight1, bias1)
     result: Tensor = _ResizeConv.apply(
