@@ -325,10 +325,10 @@ cudaError_t launch(const AttentionForward& call, const Plan& plan, const Work& w
 template <typename T>
 cudaError_t launch_variant(const AttentionForward& call, const Plan& plan, const Work& work, cudaStream_t stream) {
     switch (call.variant) {
-        case 0: return launch<T, kGroups, 6, true, 4>(call, plan, work, stream);
+        case 0: return launch<T, kGroups, 6, false, 8>(call, plan, work, stream);
         case 1: return launch<T, kGroups, 6, false, 4>(call, plan, work, stream);
         case 2: return launch<T, kGroups, 6, true, 0>(call, plan, work, stream);
-        case 3: return launch<T, kGroups, 6, false, 8>(call, plan, work, stream);
+        case 3: return launch<T, kGroups, 6, true, 4>(call, plan, work, stream);
         default: return cudaErrorInvalidValue;
     }
 }

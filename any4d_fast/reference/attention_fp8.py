@@ -18,7 +18,7 @@ SAMPLES = 64
 """Rows of a segment whose mean key is subtracted from all of its keys."""
 TOP = 8.0
 """Largest probability of a row in log2 units: e4m3 goes from 2^-9 to 448."""
-LINEAR_RUNS = 4
+LINEAR_RUNS = 8
 """Of every 8 runs of 16 keys, how many take their probabilities from `linear_exp2`; the default of the kernel."""
 _EXPONENTS = (-44, 44)
 _SHIFT = 0.0562
