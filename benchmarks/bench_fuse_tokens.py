@@ -20,9 +20,10 @@ def traffic(direction: str, dense: int) -> int:
     """Bytes per element; everything is float32.
 
     Forward: image tokens and maps read, rows written. Backward: incoming gradient and the sum (or the image tokens
-    that it is taken from again) read, a gradient written for the image tokens and each map. Vectors are a thousandth.
+    that it is taken from again) read, one gradient written: without masks it is that of the image tokens and of every
+    map. Vectors are a thousandth.
     """
-    return 4 * (1 + dense + 1) if direction == "fwd" else 4 * (2 + 1 + dense)
+    return 4 * (1 + dense + 1) if direction == "fwd" else 4 * (2 + 1)
 
 
 def call(function: Callable[..., Any], dense: int, **options: Any) -> Callable[..., Any]:

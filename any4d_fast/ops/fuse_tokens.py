@@ -179,7 +179,9 @@ class _FuseTokens(torch.autograd.Function):
         needed = ctx.needs_input_grad[5:]
         need_vectors = needed[4 + maps : 4 + count]
         wanted = [dtype if need else None for dtype, need in zip(ctx.dtypes, needed[: 4 + count], strict=True)]
-        dense_dtypes = [*wanted[4 : 4 + maps], *[None] * (_MAX_DENSE - maps)]
+        same = _equal_gradients(wanted[0], wanted[4 : 4 + maps], masks[:maps])
+        dense_dtypes = [None if i in same else dtype for i, dtype in enumerate(wanted[4 : 4 + maps])]
+        dense_dtypes += [None] * (_MAX_DENSE - maps)
         d_image, d_dense, d_affine, d_rows = _backward(
             grad, x, [] if ctx.save_sum else vectors, [] if ctx.save_sum else masks[maps:], mean, rstd, weight,
             masks[:maps], wanted[0], *dense_dtypes, any(need_vectors), ctx.backend,
@@ -188,12 +190,35 @@ class _FuseTokens(torch.autograd.Function):
         found += [d_affine[i].to(ctx.dtypes[1 + i]) if needed[1 + i] else None for i in range(2)]
         d_scale = grad[:, -1].sum(dim=0, dtype=torch.float32) if needed[3] else None
         found.append(None if d_scale is None else d_scale.to(ctx.dtypes[3]).reshape(ctx.scale_shape))
-        found += [d if need else None for d, need in zip(d_dense, needed[4 : 4 + maps], strict=True)]
+        written = [d_image, *d_dense]
+        found += [written[same.get(i, 1 + i)] if need else None for i, need in enumerate(needed[4 : 4 + maps])]
         for i, need in enumerate(need_vectors):
             mask = masks[maps + i]
             kept = d_rows if mask is None else torch.where(mask[:, None], d_rows, torch.zeros_like(d_rows))
             found.append(kept.to(ctx.dtypes[4 + maps + i], copy=mask is None) if need else None)
         return (None, None, None, None, None, *found, *[None] * count)
+
+
+def _equal_gradients(
+    image: torch.dtype | None, dense: Sequence[torch.dtype | None], masks: Sequence[Tensor | None]
+) -> dict[int, int]:
+    """Maps that everybody gives have the image tokens' gradient, or each other's: it is written once.
+
+    Args:
+        image, dense: dtypes of the gradients that are wanted.
+        masks: of the maps.
+
+    Returns:
+        Number of a map -> whose gradient is its own too: 0 the image tokens', 1 + i map i's.
+    """
+    owners = {} if image is None else {image: 0}
+    found = {}
+    for i, (dtype, mask) in enumerate(zip(dense, masks, strict=True)):
+        if dtype is not None and mask is None:
+            owner = owners.setdefault(dtype, 1 + i)
+            if owner != 1 + i:
+                found[i] = owner
+    return found
 
 
 def _triton_reasons(image_tokens: Tensor, *others: Tensor | None) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from any4d_fast.ops.fuse_tokens import fuse_tokens
+from any4d_fast.ops.fuse_tokens import _equal_gradients, fuse_tokens
 
 
 def modalities(views: int, batch: int, tokens: int, channels: int) -> dict[str, Any]:
@@ -115,3 +115,20 @@ def test_compiles_fullgraph() -> None:
 def test_errors_name_the_argument(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fuse_tokens(**(modalities(2, 2, 3, 5) | change))
+
+
+@pytest.mark.parametrize(
+    ("image", "dense", "masked", "found"),
+    [
+        (torch.float32, [torch.float32] * 3, (), {0: 0, 1: 0, 2: 0}),
+        (torch.float32, [torch.float32] * 3, (1,), {0: 0, 2: 0}),
+        (torch.bfloat16, [torch.float32] * 3, (), {1: 1, 2: 1}),
+        (None, [torch.float32, None, torch.float32], (), {2: 1}),
+        (torch.float32, [torch.float16, torch.float32], (0, 1), {}),
+    ],
+)
+def test_gradients_that_are_equal_are_written_once(
+    image: torch.dtype | None, dense: list[torch.dtype | None], masked: tuple[int, ...], found: dict[int, int]
+) -> None:
+    masks = [torch.ones(1, dtype=torch.bool) if i in masked else None for i in range(len(dense))]
+    assert _equal_gradients(image, dense, masks) == found
