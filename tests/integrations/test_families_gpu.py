@@ -1,0 +1,17 @@
+"""The families at the sizes at which they are used: bfloat16 autocast on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.accelerate_cases import REAL, no_tf32, pair, parameters
+from tests.kernels_common import gpu_only
+
+pytestmark = gpu_only
+
+
+@pytest.mark.parametrize("name", parameters())
+@pytest.mark.parametrize("train", [False, True])
+def test_outputs_and_gradients(name: str, train: bool) -> None:
+    with no_tf32():
+        pair(name, REAL, "cuda", train).check_autocast()
