@@ -14,9 +14,10 @@ from torch import Tensor
 
 from . import head_precision
 from .graph_calls import intercepted
-from .memory import STREAM, head_chunk
+from .memory import GPU_FINE_IMAGES, STREAM, balanced, head_chunk
 from .modules import factors
 from .modules.dpt import DPTFeatures, DPTRegressor, matmul_tf32, to_head_dtype, token_maps, token_rows
+from .modules.host_weights import head_parameters, resident
 from .ops import dense_maps
 
 if TYPE_CHECKING:
@@ -73,9 +74,9 @@ def run_heads(
                 itemsize=dtype.itemsize if narrow else max(STREAM, last.element_size()),
                 memory_budget=memory_budget, keeps_outputs=finish is None,
             )  # fmt: skip
-    few = last.shape[0] * num_views * grid[0] * grid[1] <= PARALLEL_PATCHES
+    few = pays_side_by_side(last.shape[0] * num_views * grid[0] * grid[1], last)
     # Whoever limits memory, or takes views one after the other, does not want the maps of all heads at once.
-    parallel = narrow and last.is_cuda and few and step >= num_views and memory_budget is None and not intercepted()
+    parallel = narrow and few and step >= num_views and memory_budget is None
     loop = _HeadLoop(model, tokens, num_views, grid, finish, parallel)
     if narrow:
         flags = flags or head_precision.Flags(last.device)
@@ -87,8 +88,9 @@ def run_heads(
         if not heads_left:
             return outputs
         del outputs
-        step = max(1, step // 2)  # maps take twice as much
-    return loop.run(step, None, None)
+        step = max(1, min(step, GPU_FINE_IMAGES) // 2)  # all levels of a chunk at once, and maps take twice as much
+    with resident(head_parameters(model), last.device):
+        return loop.run(step, None, None)
 
 
 class _HeadLoop:
@@ -191,9 +193,21 @@ class _HeadLoop:
         """[N, H, W, channels] of one head."""
         if flag is None and regressor.doubles:
             raw: Tensor = regressor(features(maps, double=False), self.size, double=True)
-        else:
+            return raw
+        images = maps[0].shape[0]
+        if flag is None or images <= GPU_FINE_IMAGES:
             raw = regressor(features(maps, flag), self.size, flag)
-        return raw
+            return raw
+        # Coarse maps of few images are too small for a GPU, fine ones of many take memory for nothing.
+        coarse = features(maps, flag, coarse_only=True)
+        parts = []
+        step = balanced(images, GPU_FINE_IMAGES)
+        for first in range(0, images, step):
+            part = slice(first, first + step)
+            finest = features([m[part] for m in maps], flag, coarse=coarse[part])
+            parts.append(regressor(finest, self.size, flag))
+            del finest
+        return torch.cat(parts)
 
     def _narrow_maps(self, views: slice, dtype: torch.dtype, flag: Tensor) -> list[Tensor]:
         """The four maps [N, C, h, w] in 16 bits and channels-last memory, converted once for all heads."""
@@ -203,6 +217,11 @@ class _HeadLoop:
                 rows = dense_maps.narrow(token_rows(tokens, views, self.grid, self.num_views), dtype, flag)
                 kept[id(tokens)] = rows.unflatten(1, self.grid).permute(0, 3, 1, 2)
         return [kept[id(tokens)] for tokens in self.tokens]
+
+
+def pays_side_by_side(patches: int, like: Tensor) -> bool:
+    """Whether parts of a call of so many patches should run `side_by_side` where `like` is."""
+    return like.is_cuda and patches <= PARALLEL_PATCHES and not intercepted()
 
 
 @functools.cache

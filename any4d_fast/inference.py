@@ -13,6 +13,7 @@ from .config import ModalityConfig
 from .host_copy import HostCopies, Outputs
 from .inputs import prepare_views
 from .outputs import ViewFinisher
+from .precision import EXACT, check_name
 from .prepared import PreparedViews
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def infer(
     memory_budget: float | None = None,
     outputs_to: str = "device",
     cuda_graphs: bool | None = None,
+    precision: str = EXACT,
     use_amp: bool = True,
     amp_dtype: str = "bf16",
     apply_mask: bool = True,
@@ -60,11 +62,13 @@ def infer(
         memory_budget: GiB that this process may hold on the GPU during the call, weights and everything else that is
             there already included; the dense heads take as many views at once as it leaves room for, one at least.
             None: half of what is free. On a CPU it is what the heads alone may take, 1 GiB by default.
-            `any4d_fast.memory` counts what a call takes: 26 GB for 1,000 views of 518 x 336, and 8 GB of derived maps.
+            `any4d_fast.memory` counts what a call takes: 25 GB for 1,000 views of 518 x 336, and 8 GB of derived maps.
         outputs_to: "device", or "cpu" to move the finished outputs of every few views to pinned host memory while the
             GPU computes the next ones; the outputs of those views share one block of memory.
         cuda_graphs: replay a captured CUDA graph: where it pays (None), at any size (True), never (False); see
             `any4d_fast.graphs`. With `outputs_to="cpu"` never.
+        precision: "exact", or "fp8" for 8-bit attention and linear layers in encoder and multi-view transformer, faster
+            and less exact: Hopper or newer, with `use_amp` in 16 bits; see `any4d_fast.precision`.
         use_amp, amp_dtype: mixed precision on a GPU, "bf16", "fp16" or "fp32" (none); a CPU runs in float32.
         apply_mask, mask_edges, edge_normal_threshold, edge_depth_threshold, apply_confidence_mask,
         confidence_percentile, known, original_size: see `any4d_fast.outputs.postprocess`.
@@ -78,7 +82,9 @@ def infer(
     Raises:
         InputError: a view is wrong; the message says which, and how to fix it.
         ValueError: an option is wrong.
+        PrecisionError: `precision` cannot run here; the message says why.
     """
+    check_name(precision)
     if amp_dtype not in AMP_DTYPES:
         raise ValueError(f"amp_dtype: expected one of {sorted(AMP_DTYPES)}, got {amp_dtype!r}")
     if minibatch_size is not None and minibatch_size < 1:
@@ -118,9 +124,9 @@ def infer(
     dtype = AMP_DTYPES[amp_dtype] if use_amp and device.type == "cuda" else None
     with torch.no_grad(), _evaluating(model), torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
         if outputs_to == "cpu":
-            outputs = _run_to_host(model, prepared, modalities, minibatch_size, memory_budget, finisher)
+            outputs = _run_to_host(model, prepared, modalities, minibatch_size, memory_budget, finisher, precision)
         else:
-            raw = model.run(prepared.views, modalities, minibatch_size, None, memory_budget, cuda_graphs)
+            raw = model.run(prepared.views, modalities, minibatch_size, None, memory_budget, cuda_graphs, precision)
             with torch.autocast(device.type, enabled=False):
                 outputs = [finisher(index, view) for index, view in enumerate(raw)]
     return prepared.in_given_order(outputs)
@@ -133,6 +139,7 @@ def _run_to_host(
     minibatch_size: int | None,
     memory_budget: float | None,
     finisher: ViewFinisher,
+    precision: str,
 ) -> list[Outputs]:
     """Outputs are finished and copied to the host chunk by chunk, so that the device holds those of a few views."""
     device = prepared.views[0]["img"].device
@@ -142,7 +149,7 @@ def _run_to_host(
         with torch.autocast(device.type, enabled=False):
             return copies.add([finisher(first + i, view) for i, view in enumerate(chunk)])
 
-    found = model.run(prepared.views, modalities, minibatch_size, finish, memory_budget)
+    found = model.run(prepared.views, modalities, minibatch_size, finish, memory_budget, precision=precision)
     copies.wait()
     return found
 

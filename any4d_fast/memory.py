@@ -10,16 +10,41 @@ released architecture, bf16 autocast, one sample, 1,000 views:
 | fused tokens, kept for the heads | 888,001 x 1,024 x 4 | 3.6 |
 | transformer at its peak: the same | 888,001 x 768 x 18 | 12.3 |
 | two tapped maps and the last | 888,001 x 768 x 4 x 3 | 8.2 |
-| a chunk of 16 views in the heads | 16 x 75 MB | 1.2 |
+| a chunk of 12 views in the heads | 12 x 14 MB + 4 x 62 MB | 0.4 |
 | outputs: 15 float32 and a mask a pixel | 1,000 x 174,048 x 61 | 10.6 |
 
-The most that is alive at once is 26 GB without weights (2.3 GB, and 1.1 GB of their 16-bit copies) and without what
+The most that is alive at once is 25 GB without weights (2.45 GB, and 1.03 GB of their 16-bit copies) and without what
 `infer` derives (7.8 GB of masked and further maps). So neither MLP nor QKV has to be cut into rows; only the heads,
 whose maps at full resolution would take 75 GB, run in chunks.
+
+A chunk has two lengths. The coarser levels take up to `GPU_HEAD_IMAGES` views, because their maps are small and a few
+views of them leave most of a GPU idle; the finest level and what follows it take `GPU_FINE_IMAGES` of these at once.
+
+## What the peak of a call is made of
+
+Released architecture, 518 x 336, images only, bf16 autocast; GB (1e9 bytes), counted:
+
+| | 2 views | 8 views | 41 views |
+|---|---|---|---|
+| float32 parameters, 613.7 M: encoder 1.22, transformer 0.68, tokenizers 0.38, heads 0.18 | 2.45 | 2.45 | 2.45 |
+| 16-bit copies: encoder 0.60, transformer 0.34, heads 0.08 (tokenizers 0.18 with dense inputs) | 1.03 | 1.03 | 1.03 |
+| images, as given (and a graph's copy) and joined | 0.01 | 0.05 | 0.17 |
+| encoder at its peak | 0.03 | 0.13 | 0.67 |
+| transformer at its peak: fused tokens, two taps, stream | 0.04 | 0.17 | 0.88 |
+| heads: kept maps | 0.02 | 0.09 | 0.48 |
+| heads: a chunk (2 and 8 views: of both dense heads, side by side) | 0.27 | 0.62 | 0.40 |
+| outputs (with a graph: its own and the caller's) | 0.04 | 0.17 | 0.44 |
+| **peak, with the heads the last and largest stage** | **3.8** | **4.4** | **4.9** |
+| **the same with packed weights** (`Any4D.pack_weights_`) | **1.4** | **2.0** | **2.5** |
+
+With packed weights the float32 parameters that stay on the GPU are vectors, position table and small MLPs: 0.03 GB. A
+graph's pool is one call's peak, rounded up by the allocator; what a side stream frees serves that stream alone. Until
+the finest level was split off, 8 views took 2 x 8 x 75 MB in the heads at once, and 41 views 14 x 75 MB.
 """
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +55,8 @@ from .modules.encoder import REGISTERS
 GIB = 1 << 30
 CPU_HEAD_BYTES = GIB  # what the dense heads may take at once on a CPU
 GPU_HEAD_SHARE = 0.5  # of the free memory, for the dense heads on a GPU
-GPU_HEAD_IMAGES = 16  # enough to fill a GPU with the heads' smallest maps; more at once only take memory
+GPU_HEAD_IMAGES = 12  # keep a GPU busy with the heads' smallest maps; more at once only take memory
+GPU_FINE_IMAGES = 4  # the same for the largest maps: 444 tiles of 128 pixels at four times the grid of 518 x 336
 UNNOTICED = 0.05  # share of a GPU's memory below which asking the driver what is free is not worth its time
 LARGEST_MAP = 2**31 - 1  # elements of a map that every convolution library indexes
 
@@ -66,6 +92,20 @@ def image_bytes(config: Any4DConfig, grid: tuple[int, int], itemsize: int, unfus
     tokens = patches * (first + 3 * transformer.dim) * itemsize
     raw = STREAM * patches * 196 * (scene.geometry_head.output_dim + scene.flow_head.output_dim)
     return tokens + raw + max(head_bytes(h, grid, itemsize, unfused) for h in (scene.geometry_head, scene.flow_head))
+
+
+def chunk_bytes(config: Any4DConfig, grid: tuple[int, int], itemsize: int, images: int) -> int:
+    """Bytes that the heads need for so many images at once on a GPU, their finest level `GPU_FINE_IMAGES` at a time.
+
+    In 32 bits (`itemsize` 4) the finest level is not divided.
+    """
+    whole = image_bytes(config, grid, itemsize)
+    if itemsize > HALF or images <= GPU_FINE_IMAGES:
+        return images * whole
+    heads = (config.scene.geometry_head, config.scene.flow_head)
+    coarse = itemsize * 4 * grid[0] * grid[1] * max(h.feature_dim for h in heads)  # at twice the grid
+    fine = max(head_bytes(h, grid, itemsize) for h in heads)
+    return images * (whole - fine + coarse) + GPU_FINE_IMAGES * fine
 
 
 def output_bytes(height: int, width: int) -> int:
@@ -114,7 +154,7 @@ def footprint(config: Any4DConfig, batch: int, views: int, height: int, width: i
     return Footprint(
         encoder=max(pictures + HALF * 3 * pixels + rows * encoder.dim * per_channel, pictures + image_tokens + tokens),
         transformer=pictures // 2 + tokens + 2 * tap + stream,
-        heads=pictures // 2 + kept + outputs + batch * chunk * image_bytes(config, grid, HALF),
+        heads=pictures // 2 + kept + outputs + chunk_bytes(config, grid, HALF, batch * chunk),
     )
 
 
@@ -148,28 +188,30 @@ def head_chunk(
             on a GPU, 1 GiB on a CPU.
         keeps_outputs: whether all outputs stay on the device.
     """
-    per_view = batch * image_bytes(config, grid, itemsize, unfused=device.type != "cuda")
     largest = batch * grid[0] * grid[1] * max(64 * config.scene.geometry_head.feature_dim, 196 * 16)
     limit = min(views, LARGEST_MAP // largest)
     if device.type == "cuda":
         limit = min(limit, max(1, GPU_HEAD_IMAGES // batch))
         patch = config.encoder.patch_size
         outputs = batch * views * output_bytes(grid[0] * patch, grid[1] * patch) if keeps_outputs else 0
-        limit = min(limit, _fitting(per_view, max(limit, 1), outputs, device, memory_budget))
+        needs = [chunk_bytes(config, grid, itemsize, batch * count) for count in range(1, limit + 1)]
+        limit = _fitting(needs, outputs, device, memory_budget)
     else:
         budget = CPU_HEAD_BYTES if memory_budget is None else int(memory_budget * GIB)
-        limit = min(limit, budget // per_view)
+        limit = min(limit, budget // (batch * image_bytes(config, grid, itemsize, unfused=True)))
     return balanced(views, max(1, limit))
 
 
-def _fitting(per_view: int, wanted: int, outputs: int, device: torch.device, memory_budget: float | None) -> int:
-    """How many of the wanted views fit on a GPU beside the outputs."""
+def _fitting(needs: list[int], outputs: int, device: torch.device, memory_budget: float | None) -> int:
+    """How many views fit on a GPU beside the outputs; `needs[i]` is what i + 1 views need."""
     if memory_budget is not None:
-        return int((memory_budget * GIB - torch.cuda.memory_allocated(device) - outputs) // per_view)
-    total = torch.cuda.get_device_properties(device).total_memory
-    if wanted * per_view <= UNNOTICED * total or torch.cuda.is_current_stream_capturing():
-        return wanted
-    return int(min(GPU_HEAD_SHARE * free_bytes(device), free_bytes(device) - outputs) // per_view)
+        room = memory_budget * GIB - torch.cuda.memory_allocated(device) - outputs
+    else:
+        total = torch.cuda.get_device_properties(device).total_memory
+        if not needs or needs[-1] <= UNNOTICED * total or torch.cuda.is_current_stream_capturing():
+            return len(needs)
+        room = min(GPU_HEAD_SHARE * free_bytes(device), free_bytes(device) - outputs)
+    return bisect.bisect_right(needs, room)
 
 
 def balanced(views: int, limit: int) -> int:

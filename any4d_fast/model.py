@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -21,15 +22,19 @@ from .checkpoint import (
 )
 from .config import Any4DConfig, ModalityConfig, preset
 from .config_upstream import Config, from_upstream, to_upstream
+from .geometry_tokens import encoded
 from .head_loop import Finish, Outputs, run_heads
+from .modules import host_weights
 from .modules.block import NORM_EPS, Block
 from .modules.derived import Derived
 from .modules.dpt import DPTFeatures, DPTRegressor
 from .modules.encoder import ImageEncoder, VisionTransformer, grid_of
 from .modules.heads import PoseHead, ScaleHead
-from .modules.modalities import DenseInput, Modalities, ModalityReader, VectorInput, View
+from .modules.modalities import ModalityReader, View
 from .modules.multiview import MultiViewTransformer
 from .modules.tokenizers import DenseTokenizer, VectorTokenizer
+from .precision import EXACT
+from .precision import check as check_precision
 
 __all__ = ["Any4D", "Outputs"]
 
@@ -150,6 +155,7 @@ class Any4D(nn.Module):
         config: Any4DConfig | str | None = None,
         strict: bool = True,
         device: torch.device | str | None = None,
+        weights: str = "float32",
     ) -> Any4D:
         """A model with weights from a file or a Hugging Face repository.
 
@@ -159,19 +165,30 @@ class Any4D(nn.Module):
             config: configuration or preset; that stored with the weights, else "any4d", by default.
             strict: False loads what fits and logs every key that does not.
             device: where to put the model.
+            weights: "float32", or "packed" for a GPU that holds 16-bit copies alone: see `pack_weights_`.
 
         Raises:
             CheckpointError: the message names the file and the key; the model is not half-loaded.
+            ValueError: unknown `weights`.
         """
+        if weights not in ("float32", "packed"):
+            raise ValueError(f'weights: expected "float32" or "packed", got {weights!r}')
         path = find_checkpoint(source)
         tensors = read_state_dict(path)  # before the model is built: a broken file should fail at once
         chosen = stored_config(path) if config is None else config
         model = cls.from_config(preset(chosen) if isinstance(chosen, str) else chosen)
         load_tensors(model, tensors, path, strict=strict)
+        if weights == "packed":
+            return model.eval().pack_weights_(device)
         return model.to(device).eval() if device is not None else model.eval()
 
     def forward(
-        self, views: list[View], *, minibatch_size: int | None = None, cuda_graphs: bool | None = None
+        self,
+        views: list[View],
+        *,
+        minibatch_size: int | None = None,
+        cuda_graphs: bool | None = None,
+        precision: str = EXACT,
     ) -> list[Outputs]:
         """Reconstruct.
 
@@ -185,6 +202,8 @@ class Any4D(nn.Module):
                 gradients are wanted. Results do not depend on it beyond rounding.
             cuda_graphs: replay a captured CUDA graph: where it pays (None), at any size (True), never (False); see
                 `any4d_fast.graphs`. Training and torch.compile never do.
+            precision: "exact", or "fp8" for 8-bit attention and linear layers in encoder and multi-view transformer:
+                inference under 16-bit autocast on Hopper or newer; see `any4d_fast.precision`.
 
         Returns:
             One dictionary a view, with `pts3d` (metres, world = view 0's camera), `pts3d_cam`, `ray_directions`,
@@ -194,8 +213,9 @@ class Any4D(nn.Module):
 
         Raises:
             ValueError: for views that disagree in size or batch, or lack what another input needs.
+            PrecisionError: `precision` cannot run this call; the message says why.
         """
-        return self.run(views, self.config.modalities, minibatch_size, cuda_graphs=cuda_graphs)
+        return self.run(views, self.config.modalities, minibatch_size, cuda_graphs=cuda_graphs, precision=precision)
 
     def run(
         self,
@@ -205,15 +225,17 @@ class Any4D(nn.Module):
         finish: Finish | None = None,
         memory_budget: float | None = None,
         cuda_graphs: bool | None = None,
+        precision: str = EXACT,
     ) -> list[Outputs]:
         """`forward` with other modality probabilities than the configuration's (`infer` gives its own).
 
         `finish` and `memory_budget` are those of `head_loop.run_heads`; a call with `finish` takes no CUDA graph.
         """
         grid = self._check(views)
+        check_precision(precision, self, views[0]["img"])
 
         def reconstruct(given: list[View]) -> list[Outputs]:
-            return self._reconstruct(given, modalities, grid, minibatch_size, finish, memory_budget)
+            return self._reconstruct(given, modalities, grid, minibatch_size, finish, memory_budget, precision)
 
         if finish is not None or torch.compiler.is_compiling():
             return reconstruct(views)
@@ -222,7 +244,7 @@ class Any4D(nn.Module):
             return reconstruct(views)
         image = views[0]["img"]
         heads = head_precision.head_dtype(image, torch.is_autocast_enabled(image.device.type))
-        key = graphs.call_key(views, modalities, minibatch_size, memory_budget, heads)
+        key = graphs.call_key(views, modalities, minibatch_size, memory_budget, heads, precision)
         return self._graphs.run(self, key, views, reconstruct, at_once=choice is True)
 
     def _reconstruct(
@@ -233,6 +255,7 @@ class Any4D(nn.Module):
         minibatch_size: int | None,
         finish: Finish | None,
         memory_budget: float | None,
+        precision: str,
         narrow_inputs: bool = True,
     ) -> list[Outputs]:
         """The call itself; `narrow_inputs` lets the dense tokenizers run in 16 bits."""
@@ -242,8 +265,8 @@ class Any4D(nn.Module):
         # Where something is drawn at random, running again would draw anew.
         if narrow_inputs and dtype in head_precision.NARROW and not self.training and graphs.decided(modalities):
             flags = head_precision.Flags(image.device)
-        tokens = self._tokens(views, modalities, dtype, flags)
-        taps, final = self.info_sharing(tokens, len(views))
+        tokens = self._tokens(views, modalities, dtype, flags, precision)
+        taps, final = self.info_sharing(tokens, len(views), precision)
         if self.config.transformer.indices is None:
             taps = [final, final]
         maps = [tokens, *taps, final] if self.config.transformer.feeds_encoder_map else [*taps, final]
@@ -252,7 +275,8 @@ class Any4D(nn.Module):
         if outputs is not None:
             return outputs
         del maps
-        return self._reconstruct(views, modalities, grid, minibatch_size, finish, memory_budget, narrow_inputs=False)
+        settings = (minibatch_size, finish, memory_budget, precision)
+        return self._reconstruct(views, modalities, grid, *settings, narrow_inputs=False)
 
     def _check(self, views: list[View]) -> tuple[int, int]:
         """Validate images and return the patch grid."""
@@ -279,70 +303,37 @@ class Any4D(nn.Module):
         return grid_of(shape[2], shape[3], self.encoder.patch_size)
 
     def _tokens(
-        self, views: list[View], modalities: ModalityConfig, dtype: torch.dtype, flags: head_precision.Flags | None
+        self,
+        views: list[View],
+        modalities: ModalityConfig,
+        dtype: torch.dtype,
+        flags: head_precision.Flags | None,
+        precision: str,
     ) -> Tensor:
         """Images and geometric inputs -> fused tokens [B, V*T + 1, C], the scale token last.
 
         With flags the dense tokenizers run in `dtype`.
         """
-        with torch.autocast(views[0]["img"].device.type, enabled=False):
-            given = ModalityReader(modalities, views, self.training).read()
         images = torch.cat([view["img"] for view in views])  # [V * B, 3, H, W]
-        if given.image_mask is not None:
-            images = images.masked_fill(~given.image_mask[:, None, None, None], 0.0)
-        image_tokens = self.encoder(images)  # [V * B, T, C]
-        # Tokenizers and fusion stay in full precision: their LayerNorms see a high variance (upstream does the same).
+        reader = ModalityReader(modalities, views, self.training)
+        encode = self.encoder if precision == EXACT else functools.partial(self.encoder, precision=precision)
+        image_tokens, geometry = encoded(self, reader, images, encode, dtype, flags)  # [V * B, T, C]
+        # Fusion stays in full precision, as upstream does it.
         with torch.autocast(images.device.type, enabled=False):
-            dense, dense_masks, vectors, vector_masks = self._tokenize_geometry(given, image_tokens, dtype, flags)
             norm = self.fusion_norm_layer
             return ops.fuse_tokens(
                 image_tokens,
-                dense,
-                vectors,
+                geometry.dense,
+                geometry.vectors,
                 norm.weight,
                 norm.bias,
                 norm.eps,
-                dense_masks=dense_masks,
-                vector_masks=vector_masks,
+                dense_masks=geometry.dense_masks,
+                vector_masks=geometry.vector_masks,
                 scale_token=self.scale_token,
                 batch=views[0]["img"].shape[0],
                 out_dtype=image_tokens.dtype,
             )
-
-    def _tokenize_geometry(
-        self, given: Modalities, image_tokens: Tensor, dtype: torch.dtype, flags: head_precision.Flags | None
-    ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor], list[Tensor | None]]:
-        """Features of every modality that somebody gave, with who uses them."""
-        dense: list[Tensor] = []
-        dense_masks: list[Tensor | None] = []
-        vectors: list[Tensor] = []
-        vector_masks: list[Tensor | None] = []
-        maps: list[tuple[DenseTokenizer, DenseInput | None]] = [
-            (self.ray_dirs_encoder, given.rays),
-            (self.depth_encoder, given.depth),
-            (self.scene_flow_encoder, given.flow),
-        ]
-        for tokenizer, item in maps:
-            if item is None:
-                continue
-            if flags is None:
-                features = tokenizer(item.maps)
-            else:
-                with head_precision.float32_sums():
-                    features = tokenizer(item.maps, dtype, flags.inputs)
-            dense.append(item.spread(features, image_tokens.shape[0]))
-            dense_masks.append(item.mask)
-        singles: list[tuple[VectorTokenizer, VectorInput | None]] = [
-            (self.depth_scale_encoder, given.depth_scale),
-            (self.cam_rot_encoder, given.rotation),
-            (self.cam_trans_encoder, given.translation),
-            (self.cam_trans_scale_encoder, given.pose_scale),
-        ]
-        for vector_tokenizer, vector in singles:
-            if vector is not None:
-                vectors.append(vector_tokenizer(vector.values))
-                vector_masks.append(vector.mask)
-        return dense, dense_masks, vectors, vector_masks
 
     def refresh(self) -> None:
         """Cast and fold the inference weights anew at the next call.
@@ -363,6 +354,39 @@ class Any4D(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
         self._graphs.drop_stale(self)
+        return self
+
+    def pack_weights_(self, device: torch.device | str | None = None) -> Any4D:
+        """Keep only 16-bit copies of the matrices on the GPU, for inference under autocast; returns the model.
+
+        The parameters themselves, in full precision, move to host memory: 2.4 of 2.45 GB of the released architecture.
+        Their copies (1.03 GB for images alone, 0.18 GB more once dense inputs are given) are made at the next call,
+        which takes about a second longer. Outputs are the same bits.
+
+        `state_dict` gives full precision, `load_state_dict` and edits in place are seen as ever. A call without
+        autocast, in training or with gradients raises and says so. Where a value leaves the range of 16 bits, or heads
+        are to run in float32, theirs or the tokenizers' parameters are copied to the GPU for that call. `.to(device)`
+        moves every parameter, as always, and ends this state, and so does `unpack_weights_`; `train()` moves nothing.
+
+        Args:
+            device: where to compute; where the model is by default.
+        """
+        self._graphs.clear()
+        host_weights.pack_(self, self.scale_token.device if device is None else torch.device(device))
+        return self._forget_derived()
+
+    def unpack_weights_(self) -> Any4D:
+        """Bring every parameter back to where the model computes, as the objects that they are; returns the model."""
+        self._graphs.clear()
+        host_weights.unpack_(self)
+        return self._forget_derived()
+
+    def _forget_derived(self) -> Any4D:
+        for module in self.modules():
+            if isinstance(kept := getattr(module, "derived", None), Derived):
+                kept.clear()
+        if self.scale_token.is_cuda:
+            torch.cuda.empty_cache()
         return self
 
     def recompute_activations(self, *parts: str) -> None:

@@ -3,15 +3,17 @@
 Providers: PyTorch in eager mode under bfloat16 autocast (upstream's policy), torch.compile of that with CUDA graphs (at
 one number of views: it takes a minute or more to compile), the original code when a checkout is given, and ours: by
 itself ("auto", which takes CUDA graphs where they pay), without graphs ("nograph"), on one kind of kernels, and with
-float32 weights in host memory ("packed": the same bits; its memory is what it holds on the GPU).
-Accuracy of every output has a line of its own. Memory includes weights and inputs. ANY4D_FAST_BENCH_VIEWS=1000 adds a
-case of so many views, ours only. `--only ", 8 views"` chooses by number, `--only "fwd|step"` by either text.
+float32 weights in host memory ("packed": the same bits; its memory is what it holds on the GPU). Precision fp8 has
+cases of its own, whose errors may be five times those of exact ones. Accuracy of every output has a line of its own.
+Memory includes weights and inputs. ANY4D_FAST_BENCH_VIEWS=1000 adds a case of so many views, ours only. `--only ", 8
+views"` chooses by number, `--only "fwd|step"` and `--only " fp8,"` by text.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -49,6 +51,7 @@ UPSTREAM_ERRORS = {
 CHANCE = 1.1  # two bfloat16 runs that round at different places differ by a few percent in their errors
 SMALL_SAMPLE = 3.0  # the ratio of two errors over n numbers scatters by 1 / sqrt(n); three standard deviations
 PEER_SLACK = 2.0  # a compiler rounds at other places again; its error stands beside its time
+FP8_FACTOR = 5.0  # how many times the exact budget `precision="fp8"` may err
 TRAINING_VIEWS = 24
 BETWEEN = (24,)  # beside the harness's three numbers of views
 MANY = (100, 200)
@@ -59,7 +62,7 @@ PACKED = "any4d_fast:packed"
 ALL = "all inputs"
 GATE_VIEWS = 2  # gradients are checked at few views: a float32 step of 24 would need more memory than the GPU has
 # ... of several clips. How near to zero random weights leave a quaternion, which is then normalised, decides how much
-# rounding matters to all gradients: over four clips plain autocast erred by 0.017 to 0.23, and ours by 0.2 to 1 of that.
+# rounding matters to all gradients: over four clips plain autocast erred by 0.017 to 0.23, ours by 0.7 to 1 of that.
 GATE_CLIPS = 4
 CALCULATED_SIZE = (336, 518)
 
@@ -140,6 +143,10 @@ def output_budgets(errors: Sequence[float], outputs: Sequence[Tensor]) -> list[f
     return [(CHANCE + SMALL_SAMPLE / o.numel() ** 0.5) * base for o, base in zip(outputs, bases, strict=True)]
 
 
+def fp8_budgets(errors: Sequence[float], outputs: Sequence[Tensor]) -> list[float]:
+    return [FP8_FACTOR * budget for budget in output_budgets(errors, outputs)]
+
+
 def gradient_budgets(errors: Sequence[float], outputs: Sequence[Tensor]) -> list[float]:
     return [CHANCE * error for error in errors]
 
@@ -156,9 +163,13 @@ def resident_gb(preset: str, sizes: Sizes) -> Callable[[Views, str], float]:
 
 
 def inference(
-    model: Callable[[], Callable[..., Any]], sizes: Sizes, backend: str | None, graphs: bool | None = None
+    model: Callable[[], Callable[..., Any]],
+    sizes: Sizes,
+    backend: str | None,
+    graphs: bool | None = None,
+    **options: Any,
 ) -> Maker:
-    """Provider of a forward pass; `model` is called once a case, outside of what is timed."""
+    """Provider of a forward pass with these options; `model` is called once a case, outside of what is timed."""
     build = functools.lru_cache(maxsize=1)(model)
 
     def make(views: Views) -> Function:
@@ -167,7 +178,7 @@ def inference(
         def run() -> Any:
             try:
                 with torch.no_grad(), mixed(sizes, backend, graphs):
-                    return network(views)
+                    return network(views, **options)
             except BackendError as reason:
                 raise Unavailable(str(reason)) from reason
 
@@ -240,9 +251,7 @@ def compiled_model(preset: str, device: str) -> Callable[..., Any]:
     return run
 
 
-def own_providers(
-    ours: Callable[[], Any4D], sizes: Sizes, count: int, preset: str, given: bool
-) -> dict[str, Maker]:
+def own_providers(ours: Callable[[], Any4D], sizes: Sizes, count: int, preset: str, given: bool) -> dict[str, Maker]:
     """Ours as it chooses by itself, then in parts."""
     found = {"any4d_fast:auto": inference(ours, sizes, None)}
     if count <= GRAPHS_UP_TO:
@@ -289,6 +298,17 @@ def forward_case(
         resident_gb=resident_gb(preset, sizes),
         reset=functools.partial(forget, preset, sizes.device),
     )
+
+
+def fp8_case(sizes: Sizes, count: int, preset: str, gate: Case | None = None) -> Case:
+    """Forward in 8 bits at `count` views; the baseline is plain PyTorch's bfloat16, whose budgets are widened."""
+    exact = forward_case(sizes, count, preset, gate=gate)
+    ours = functools.partial(load, preset, sizes.device)
+    fp8 = {"any4d_fast:auto": inference(ours, sizes, None, precision="fp8")}
+    if count <= GRAPHS_UP_TO:
+        fp8["any4d_fast:nograph"] = inference(ours, sizes, None, False, precision="fp8")
+    providers = {"eager": exact.providers["eager"], **fp8}
+    return dataclasses.replace(exact, providers=providers, precision="fp8", budgets=fp8_budgets)
 
 
 def step_case(sizes: Sizes, count: int, preset: str, gate: bool = False) -> Case:
@@ -343,9 +363,12 @@ def cases(
     extra = int(os.environ.get("ANY4D_FAST_BENCH_VIEWS", "0"))
     if extra:
         unchecked.append(forward_case(sizes, extra, preset, gate=gate, peers=False))
+    fp8 = [fp8_case(sizes, count, preset) for count in sorted({few, some, *between, largest})]
+    fp8_gate = fp8_case(sizes, some, preset)
+    fp8 += [fp8_case(sizes, count, preset, gate=fp8_gate) for count in many]
     given = [forward_case(sizes, count, preset, given=True) for count in sorted({few, some, largest})]
     step = step_case(sizes, training_views, preset)
-    return [*checked, *given, step, *unchecked]
+    return [*checked, *given, step, *unchecked, *fp8]
 
 
 def test_model(case: Case, provider: str, bench: Callable[[Case, str], None]) -> None:

@@ -1,9 +1,10 @@
 """Seconds of every op's first call in a new process with an empty Triton cache, and of later calls with other numbers
 of views, which must compile nothing: `python -m benchmarks.first_call --jobs 8`.
 
-A call is the forward or, after it in the same process, the backward pass at the model's sizes: two registered operators,
-timed one by one. Kernels are counted by the binaries in Triton's cache. Rows go to `benchmarks/results/first_call/<gpu>.csv`; the exit code is 1 when a first call
-took longer than the limit, a later one compiled something, or anything failed.
+A call is the forward or, after it in the same process, the backward pass at the model's sizes: two registered
+operators, timed one by one. Kernels are counted by the binaries in Triton's cache. Rows go to
+`benchmarks/results/first_call/<gpu>.csv`; the exit code is 1 when a first call took longer than the limit, a later one
+compiled something, or anything failed.
 """
 
 from __future__ import annotations

@@ -136,7 +136,8 @@ class Case:
     reset: Callable[[], None] = field(default=lambda: None)
 
     def __str__(self) -> str:
-        name = f"{self.op} {self.direction} {self.size}"
+        precision = "" if self.precision == "exact" else f" {self.precision}"
+        name = f"{self.op} {self.direction} {self.size}{precision}"
         return f"{name}, {self.views} views" if self.suite == "model" else name
 
 
@@ -343,7 +344,8 @@ class Session:
         """
         case = self.case
         provider, _, backend = name.partition(":")
-        row = functools.partial(Row, case.suite, provider=provider, backend=backend, precision=case.precision,
+        precision = case.precision if provider == OURS else "exact"  # peers know no other
+        row = functools.partial(Row, case.suite, provider=provider, backend=backend, precision=precision,
                                 views=case.views, size=case.size, direction=case.direction)  # fmt: skip
         first = row(case.op)
         case.reset()

@@ -2,7 +2,8 @@
 
 Imported before any kernel when TRITON_INTERPRET=1 and never otherwise. In triton 3.6 to 3.9 the interpreter
 multiplies the raw bits of bfloat16 operands in `tl.dot`, truncates float32 to bfloat16 where GPUs round to nearest
-even, and asks for a driver in `@triton.autotune`; 3.6 also takes `int()` of one-element arrays, forbidden in numpy 2.4.
+even, misrounds e4m3's subnormal numbers and wraps around beyond its largest where GPUs saturate, and asks for a driver
+in `@triton.autotune`; 3.6 also takes `int()` of one-element arrays, forbidden in numpy 2.4.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.autotuner import Autotuner
@@ -26,6 +28,9 @@ def _rounding_convert(x: Any, source: Any, target: Any, rounding: Any) -> Any:
         return np.where(np.isnan(bits.view(np.float32)), np.uint16(0x7FC0), rounded)
     if source == tl.bfloat16 and target == tl.float32:
         return np.ascontiguousarray(x).view(np.uint16).astype(np.uint32) << 16
+    if source == tl.float32 and target == tl.float8e4nv:
+        values = torch.from_numpy(np.array(x, dtype=np.float32)).clamp(-448.0, 448.0)
+        return values.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
     return _convert_float(x, source, target, rounding)
 
 

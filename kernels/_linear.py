@@ -48,6 +48,9 @@ class LinearTile:
 # sm_90 and later, 16 bits: two programs a multiprocessor (114,712 bytes of shared memory each, half of it), so that one
 # multiplies while the other is in its epilogue, which is a third as long as the matmul at K = 768.
 _HOPPER = LinearTile(m=128, n=128, k=64, warps=4, stages=3, parts=2, programs=2, tma=True)
+MANY_ROWS = 2**31 - 1
+# `linear_gelu`, (at most so many rows, layout), first match: what `python -m benchmarks.sweep_small_rows` prints.
+_BY_ROWS: tuple[tuple[int, LinearTile], ...] = ((MANY_ROWS, _HOPPER),)
 # With a residual on sm_100, 8 warps: a part of its float32 tile is in registers beside the sum, and 4 warps spill.
 _BLACKWELL_RESIDUAL = LinearTile(m=128, n=128, k=64, warps=8, stages=4, parts=2, tma=True)
 # Pointers, 16 bits: 8 warps keep the accumulator at 64 registers a thread; three stages of 32 KB fit sm_80's 163 KB.
@@ -141,6 +144,7 @@ def linear_tma_kernel(
     residual_stride,
     rows_per_scale,
     HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     GELU: tl.constexpr,
     EXACT: tl.constexpr,
     STORE_PRE: tl.constexpr,
@@ -158,7 +162,7 @@ def linear_tma_kernel(
     WIDTH: tl.constexpr = BLOCK_N // PARTS
     x_tiles = tl.make_tensor_descriptor(x, [M, K], [x_stride, 1], [BLOCK_M, BLOCK_K])
     weight_tiles = tl.make_tensor_descriptor(weight, [N, K], [weight_stride, 1], [BLOCK_N, BLOCK_K])
-    if GELU:
+    if not HAS_RESIDUAL:
         out_tiles = tl.make_tensor_descriptor(out, [M, N], [N, 1], [BLOCK_M, WIDTH])
     if STORE_PRE:
         pre_tiles = tl.make_tensor_descriptor(pre, [M, N], [N, 1], [BLOCK_M, WIDTH])
@@ -184,7 +188,9 @@ def linear_tma_kernel(
             if STORE_PRE:
                 pre_tiles.store([tile_m * BLOCK_M, start], value.to(pre.dtype.element_ty))
             if GELU:
-                out_tiles.store([tile_m * BLOCK_M, start], gelu(value, EXACT).to(out.dtype.element_ty))
+                value = gelu(value, EXACT)
+            if not HAS_RESIDUAL:
+                out_tiles.store([tile_m * BLOCK_M, start], value.to(out.dtype.element_ty))
             else:
                 row = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
                 add_residual(
@@ -211,6 +217,7 @@ def linear_kernel(
     residual_stride,
     rows_per_scale,
     HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     GELU: tl.constexpr,
     EXACT: tl.constexpr,
     STORE_PRE: tl.constexpr,
@@ -252,7 +259,9 @@ def linear_kernel(
             if STORE_PRE:
                 tl.store(pre + offset, value.to(pre.dtype.element_ty), mask=mask)
             if GELU:
-                tl.store(out + offset, gelu(value, EXACT).to(out.dtype.element_ty), mask=mask)
+                value = gelu(value, EXACT)
+            if not HAS_RESIDUAL:
+                tl.store(out + offset, value.to(out.dtype.element_ty), mask=mask)
             else:
                 add_residual(
                     value, residual, gamma, row_scale, out, row, column, M, N, residual_stride, rows_per_scale,
@@ -260,19 +269,21 @@ def linear_kernel(
                 )  # fmt: skip
 
 
-def default_tile(dtype: torch.dtype, major: int, residual: bool) -> LinearTile:
-    """Layout for a dtype, a compute capability's major number, and an epilogue with or without a residual."""
+def default_tile(dtype: torch.dtype, major: int, residual: bool, rows: int = MANY_ROWS) -> LinearTile:
+    """Layout for a dtype, a compute capability's major number, an epilogue with or without a residual, and rows."""
     if dtype == torch.float32:
         return _FLOAT32
     if major not in (9, 10):  # sm_86, sm_89 and sm_120 have 99 KB of shared memory, which the pointer tile fits
         return _POINTERS
-    return _BLACKWELL_RESIDUAL if residual and major >= 10 else _HOPPER
+    if residual:
+        return _BLACKWELL_RESIDUAL if major >= 10 else _HOPPER
+    return next(tile for most, tile in _BY_ROWS if rows <= most)
 
 
-def _choose(x: Tensor, residual: bool) -> LinearTile:
+def _choose(x: Tensor, residual: bool, rows: int) -> LinearTile:
     if backends.interpreting():
         return _INTERPRETER
-    return default_tile(x.dtype, backends.capability(x.device.index or 0)[0], residual)
+    return default_tile(x.dtype, backends.capability(x.device.index or 0)[0], residual, rows)
 
 
 def _fits_tma(*matrices: Tensor) -> bool:
@@ -301,13 +312,15 @@ def launch(
     rows_per_scale: int = 1,
     tile: LinearTile | None = None,
     exact: bool | None = None,
+    activate: bool = True,
 ) -> None:
     """With y = x weight^T + bias: out = gelu(y), `pre` = y; or, with a residual, out = residual + row_scale gamma y.
 
-    `exact` takes erf in the epilogue instead of its polynomial; float32 always does.
+    `exact` takes erf in the epilogue instead of its polynomial; float32 always does. Without `activate` and a residual
+    out = y.
     """
     (m, k), n = x.shape, weight.shape[0]
-    tile = tile or _choose(x, residual is not None)
+    tile = tile or _choose(x, residual is not None, m)
     tma = tile.tma and _fits_tma(x, weight, out)
     if tile.tma and not tma and not backends.interpreting():
         tile = _POINTERS
@@ -336,7 +349,8 @@ def launch(
             0 if residual is None else residual.stride(0),
             rows_per_scale,
             HAS_BIAS=bias is not None,
-            GELU=residual is None,
+            HAS_RESIDUAL=residual is not None,
+            GELU=activate and residual is None,
             EXACT=x.dtype == torch.float32 if exact is None else exact,
             STORE_PRE=pre is not None,
             HAS_GAMMA=gamma is not None,
@@ -357,7 +371,14 @@ def linear_case(name: str, dtype: str, tile: LinearTile, flags: Mapping[str, Any
     }
     sizes = ("N", "K", "x_stride", "weight_stride", "residual_stride")
     constants: dict[str, Any] = dict.fromkeys(("GELU", "STORE_PRE", "HAS_GAMMA", "HAS_SCALE"), False)
-    constants |= {"HAS_BIAS": True, "EXACT": dtype == "fp32", "PRECISION": "ieee", **tile.constants(), **flags}
+    constants |= {
+        "HAS_RESIDUAL": not flags.get("GELU"),
+        "HAS_BIAS": True,
+        "EXACT": dtype == "fp32",
+        "PRECISION": "ieee",
+        **tile.constants(),
+        **flags,
+    }
     if tile.tma:
         constants["SPECIALIZE"] = tile.specialize
     return AotCase(

@@ -93,6 +93,36 @@ def row_statistics(blocks, eps, C: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl
     return mean, tl.rsqrt(tl.sum(squares, axis=1) / C + eps)
 
 
+@triton.jit
+def power_of_two(most):
+    """The smallest power of two that brings values of at most `most` to at most 448, and its reciprocal.
+
+    1 for zero, 2^-44 at least, NaN beyond 2^44: `any4d_fast.reference.attention_fp8.power_of_two` bit for bit.
+    """
+    bits = ((most * (1.0 / 448.0)).to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000
+    bits = tl.where(most > 0.0, tl.maximum(bits, 83 << 23), 127 << 23)
+    fits = bits <= (171 << 23)
+    scale = tl.where(fits, bits.to(tl.float32, bitcast=True), float("nan"))
+    return scale, tl.where(fits, ((254 << 23) - bits).to(tl.float32, bitcast=True), float("nan"))
+
+
+@triton.jit
+def store_e4m3(
+    blocks, out, scales, row, valid, C: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr
+):
+    """Round rows, zero beyond C, to e4m3 with a scale each: out [rows, C] contiguous, scales [rows] float32."""
+    most = tl.zeros([ROWS, CHUNK], tl.float32)
+    for chunk in tl.static_range(CHUNKS):
+        most = tl.maximum(most, tl.abs(blocks[chunk]))
+    scale, inverse = power_of_two(tl.max(most, axis=1))
+    tl.store(scales + row, scale, mask=valid)
+    for chunk in tl.static_range(CHUNKS):
+        column = chunk * CHUNK + tl.arange(0, CHUNK)
+        mask = valid[:, None] & (column < C)[None, :]
+        value = (blocks[chunk] * inverse[:, None]).to(out.dtype.element_ty)
+        tl.store(out + row[:, None] * C + column[None, :], value, mask=mask)
+
+
 @triton.jit(do_not_specialize=["count"])
 def column_sum_kernel(
     partials,  # [sections, programs, C] float32

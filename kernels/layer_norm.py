@@ -10,7 +10,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._rows import RowTile, as_rows, column_sum_kernel, column_sums, load_channels, programs, row_statistics
+from ._rows import (
+    RowTile,
+    as_rows,
+    column_sum_kernel,
+    column_sums,
+    load_channels,
+    programs,
+    row_statistics,
+    store_e4m3,
+)
 from .aot import AotCase
 
 MAX_CHANNELS = 4096
@@ -50,7 +59,7 @@ def layer_norm_forward_kernel(
     weight,  # [C] or unused
     bias,  # [C] or unused
     out,  # [rows, C], contiguous
-    mean,  # [rows] float32
+    mean,  # [rows] float32 or unused
     rstd,  # [rows] float32
     rows,
     x_stride,
@@ -62,8 +71,12 @@ def layer_norm_forward_kernel(
     STAGES: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    QUANTIZE: tl.constexpr,
 ):
-    """Normalise rows in float32; the program walks over tiles when there are more tiles than programs."""
+    """Normalise rows in float32; the program walks over tiles when there are more tiles than programs.
+
+    With QUANTIZE `out` is e4m3, and `rstd` takes the rows' scales.
+    """
     gains = ()
     shifts = ()
     if HAS_WEIGHT:
@@ -80,8 +93,10 @@ def layer_norm_forward_kernel(
             block = tl.load(x + row[:, None] * x_stride + column[None, :], mask=mask, other=0.0)
             blocks = blocks + (block.to(tl.float32),)
         centre, scale = row_statistics(blocks, eps, C, CHUNK, CHUNKS)
-        tl.store(mean + row, centre, mask=valid)
-        tl.store(rstd + row, scale, mask=valid)
+        if not QUANTIZE:
+            tl.store(mean + row, centre, mask=valid)
+            tl.store(rstd + row, scale, mask=valid)
+        results = ()
         for chunk in tl.static_range(CHUNKS):
             column = chunk * CHUNK + tl.arange(0, CHUNK)
             mask = valid[:, None] & (column < C)[None, :]
@@ -90,7 +105,12 @@ def layer_norm_forward_kernel(
                 normed = normed * gains[chunk][None, :]
             if HAS_BIAS:
                 normed = normed + shifts[chunk][None, :]
-            tl.store(out + row[:, None] * C + column[None, :], normed.to(out.dtype.element_ty), mask=mask)
+            if QUANTIZE:
+                results = results + (tl.where((column < C)[None, :], normed, 0.0),)
+            else:
+                tl.store(out + row[:, None] * C + column[None, :], normed.to(out.dtype.element_ty), mask=mask)
+        if QUANTIZE:
+            store_e4m3(results, out, rstd, row, valid, C, ROWS, CHUNK, CHUNKS)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -182,11 +202,15 @@ def layer_norm_forward(
     out_dtype: torch.dtype,
     tile: RowTile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """LayerNorm of every row; returns out [..., C], mean [rows] and rstd [rows] (float32)."""
+    """LayerNorm of every row; returns out [..., C], mean [rows] and rstd [rows] (float32).
+
+    In e4m3, rows have scales: they come in rstd's place, and mean is empty.
+    """
     flat = as_rows(x)
     rows, channels = flat.shape
+    quantize = out_dtype == torch.float8_e4m3fn
     out = torch.empty(x.shape, device=x.device, dtype=out_dtype)
-    mean = torch.empty(rows, device=x.device, dtype=torch.float32)
+    mean = torch.empty(0 if quantize else rows, device=x.device, dtype=torch.float32)
     rstd = torch.empty(rows, device=x.device, dtype=torch.float32)
     if rows == 0:
         return out, mean, rstd
@@ -194,10 +218,10 @@ def layer_norm_forward(
     with torch.cuda.device_of(x):
         layer_norm_forward_kernel[(programs(rows, tile, x.device),)](
             flat,
-            mean if weight is None else weight.contiguous(),
-            mean if bias is None else bias.contiguous(),
+            rstd if weight is None else weight.contiguous(),
+            rstd if bias is None else bias.contiguous(),
             out,
-            mean,
+            rstd if quantize else mean,
             rstd,
             rows,
             flat.stride(0),
@@ -205,6 +229,7 @@ def layer_norm_forward(
             **tile.constants(channels),
             HAS_WEIGHT=weight is not None,
             HAS_BIAS=bias is not None,
+            QUANTIZE=quantize,
             num_warps=tile.warps,
         )
     return out, mean, rstd
@@ -274,9 +299,11 @@ def forward_case(name: str, x: str, out: str, channels: int, tile: RowTile) -> A
             **tile.constants(channels),
             "HAS_WEIGHT": True,
             "HAS_BIAS": True,
+            "QUANTIZE": out == "fp8e4nv",
         },
         aligned=(*pointers, "x_stride"),
         options={"num_warps": tile.warps},
+        targets=(90, 100) if out == "fp8e4nv" else (80, 90, 100),
     )
 
 
@@ -323,4 +350,7 @@ def aot_cases() -> list[AotCase]:
             label = f"{channels}_{x}_{out}"
             cases.append(forward_case(f"layer_norm_forward_{label}", x, out, channels, forward_tile(channels)))
             cases.append(backward_case(f"layer_norm_backward_{label}", x, out, channels, backward_tile(channels)))
+    for channels in (768, 1024):
+        tile = forward_tile(channels)
+        cases.append(forward_case(f"layer_norm_forward_{channels}_fp32_e4m3", "fp32", "fp8e4nv", channels, tile))
     return cases

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._rows import RowTile, as_rows, column_sums, load_channels, programs, row_statistics
+from ._rows import RowTile, as_rows, column_sums, load_channels, programs, row_statistics, store_e4m3
 from .aot import AotCase
 
 MAX_CHANNELS = 4096
@@ -71,8 +71,12 @@ def residual_norm_forward_kernel(
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    QUANTIZE: tl.constexpr,
 ):
-    """new = residual + row_scale gamma branch; normed = LayerNorm(new as it is stored)."""
+    """new = residual + row_scale gamma branch; normed = LayerNorm(new as it is stored).
+
+    With QUANTIZE `normed` is e4m3, and `rstd` takes the rows' scales.
+    """
     factors = ()
     gains = ()
     shifts = ()
@@ -108,8 +112,10 @@ def residual_norm_forward_kernel(
             blocks = blocks + (stored.to(tl.float32),)
         if NORMALIZE:
             centre, scale = row_statistics(blocks, eps, C, CHUNK, CHUNKS)
-            tl.store(mean + row, centre, mask=valid)
-            tl.store(rstd + row, scale, mask=valid)
+            if not QUANTIZE:
+                tl.store(mean + row, centre, mask=valid)
+                tl.store(rstd + row, scale, mask=valid)
+            results = ()
             for chunk in tl.static_range(CHUNKS):
                 column = chunk * CHUNK + tl.arange(0, CHUNK)
                 mask = valid[:, None] & (column < C)[None, :]
@@ -118,7 +124,12 @@ def residual_norm_forward_kernel(
                     value = value * gains[chunk][None, :]
                 if HAS_BIAS:
                     value = value + shifts[chunk][None, :]
-                tl.store(normed + row[:, None] * C + column[None, :], value.to(normed.dtype.element_ty), mask=mask)
+                if QUANTIZE:
+                    results = results + (tl.where((column < C)[None, :], value, 0.0),)
+                else:
+                    tl.store(normed + row[:, None] * C + column[None, :], value.to(normed.dtype.element_ty), mask=mask)
+            if QUANTIZE:
+                store_e4m3(results, normed, rstd, row, valid, C, ROWS, CHUNK, CHUNKS)
 
 
 @triton.jit(do_not_specialize=["rows", "rows_per_scale"])
@@ -267,8 +278,8 @@ def residual_norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """New residual, normed (both [..., C]), mean and rstd ([rows] float32).
 
-    Without `normalize` the last three are empty. With `inplace` the new residual is `residual`, overwritten; its
-    strides must then allow a [rows, C] view.
+    Without `normalize` the last three are empty; in e4m3 the rows' scales come in rstd's place. With `inplace` the new
+    residual is `residual`, overwritten; its strides must then allow a [rows, C] view.
     """
     channels = residual.shape[-1]
     new = residual if inplace else torch.empty(residual.shape, device=residual.device, dtype=residual.dtype)
@@ -305,6 +316,7 @@ def residual_norm_forward(
             HAS_WEIGHT=weight is not None,
             HAS_BIAS=bias is not None,
             NORMALIZE=normalize,
+            QUANTIZE=normalize and out_dtype == torch.float8_e4m3fn,
             num_warps=tile.warps,
         )
     return new, normed, mean, rstd
@@ -375,19 +387,28 @@ def residual_norm_backward(
     return [torch.empty(0, device=device) if t is None else t for t in results]
 
 
-def _forward_case(residual: str, branch: str, channels: int, normalize: bool) -> AotCase:
+def _forward_case(residual: str, branch: str, channels: int, normalize: bool, normed: str | None = None) -> AotCase:
     tile = forward_tile(channels)
+    quantize = normed == "fp8e4nv"
     vectors = dict.fromkeys(("gamma", "weight", "bias", "row_scale", "mean", "rstd"), "*fp32")
-    pointers = {"residual": f"*{residual}", "branch": f"*{branch}", "new": f"*{residual}", "normed": f"*{branch}"}
+    pointers = {"residual": f"*{residual}", "branch": f"*{branch}", "new": f"*{residual}"}
+    pointers["normed"] = f"*{normed or branch}"
     strides = ("residual_stride", "branch_stride", "new_stride")
     flags = ("HAS_GAMMA", "HAS_SCALE", "HAS_WEIGHT", "HAS_BIAS")
     return AotCase(
-        name=f"residual_norm_forward_{channels}_{residual}_{branch}{'' if normalize else '_add'}",
+        name=f"residual_norm_forward_{channels}_{residual}_{branch}{'' if normalize else '_add'}"
+        f"{'_e4m3' if quantize else ''}",
         kernel=residual_norm_forward_kernel,
         types={**pointers, **vectors, **dict.fromkeys(("rows", "rows_per_scale", *strides), "i32"), "eps": "fp32"},
-        constants={**tile.constants(channels), **dict.fromkeys(flags, True), "NORMALIZE": normalize},
+        constants={
+            **tile.constants(channels),
+            **dict.fromkeys(flags, True),
+            "NORMALIZE": normalize,
+            "QUANTIZE": quantize,
+        },
         aligned=(*pointers, *vectors, *strides),
         options={"num_warps": tile.warps},
+        targets=(90, 100) if quantize else (80, 90, 100),
     )
 
 
@@ -415,6 +436,7 @@ def _backward_case(residual: str, branch: str, channels: int) -> AotCase:
 def aot_cases() -> list[AotCase]:
     """Every production configuration: float32 stream with 16-bit or float32 branches, the model's widths."""
     cases = [_forward_case("fp32", "bf16", 1024, False)]
+    cases += [_forward_case("fp32", "bf16", channels, True, "fp8e4nv") for channels in (768, 1024)]
     for channels in (48, 768, 1024, 4096):
         for branch in ("bf16", "fp32"):
             cases += [_forward_case("fp32", branch, channels, True), _backward_case("fp32", branch, channels)]

@@ -259,9 +259,11 @@ def test_model_cases_run_at_tiny_sizes(tiny: Path) -> None:
 def model_cases() -> tuple[Case, Case]:
     sizes = Sizes(views=(2, 2, 1), height=28, width=28, device="cpu")
     cases = bench_model.cases(sizes, "tiny", training_views=1, between=(), many=(3,))
-    assert [(c.views, c.direction, "inputs" in c.size) for c in cases] == [
+    exact = [c for c in cases if c.precision == "exact"]
+    assert [(c.views, c.direction, "inputs" in c.size) for c in exact] == [
         (1, "fwd", False), (2, "fwd", False), (1, "fwd", True), (2, "fwd", True), (1, "step", False), (3, "fwd", False),
     ]  # fmt: skip
+    assert [(c.views, c.direction, c.precision) for c in cases[6:]] == [(v, "fwd", "fp8") for v in (1, 2, 3)]
     return cases[1], cases[4]
 
 
@@ -326,7 +328,7 @@ def test_run_lists_chooses_and_refuses(capsys: pytest.CaptureFixture[str], monke
     assert len(lines) == 6 + 2 and all(" bwd " in line and ": eager, " in line for line in lines)
     with pytest.raises(SystemExit):
         run.main(["--ops", "nothing"])
-    assert "--ops: expected some of attention, " in capsys.readouterr().err
+    assert "--ops: expected some of accelerate, attention, " in capsys.readouterr().err
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert run.main(["--ops", "layer_norm"]) == 2
     assert run.names()[-1] == "model"

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from any4d_fast import Any4D, head_loop, memory
 from any4d_fast.config import preset
+from any4d_fast.head_precision import use_head_dtype
 from any4d_fast.host_copy import ALIGNMENT, HostCopies, carved
-from any4d_fast.memory import balanced, footprint, head_bytes, head_chunk, image_bytes, output_bytes
+from any4d_fast.memory import balanced, chunk_bytes, footprint, head_bytes, head_chunk, image_bytes, output_bytes
 from any4d_fast.testing import relative_error
 from tests.small_models import small_config, small_model
 
@@ -32,9 +33,9 @@ def test_a_thousand_views_fit_on_one_gpu() -> None:
     assert found.transformer == pictures + patches * 1024 * 4 + patches * 768 * (2 * 4 + 18)
     kept = patches * (1024 + 3 * 768) * 4
     outputs = 1000 * 336 * 518 * (15 * 4 + 1)
-    assert found.heads == pictures + kept + outputs + 16 * image_bytes(config, GRID, 2)
+    assert found.heads == pictures + kept + outputs + chunk_bytes(config, GRID, 2, 12)
     weights = sum(p.numel() for p in _meta_model().parameters()) * (4 + 2)
-    assert 25e9 < found.peak < 26e9
+    assert 24.5e9 < found.peak < 25e9
     assert found.peak + weights < H200 / 4
 
 
@@ -55,6 +56,30 @@ def test_bytes_of_one_view_in_the_heads() -> None:
     unfused = head_bytes(head, GRID, 4, unfused=True)
     assert unfused == 4 * (pixels * 128 + 336 * 518 * 3 * 128) + 336 * 518 * 6 * 4
     assert output_bytes(336, 518) == 336 * 518 * 61
+
+
+def test_a_chunk_divides_its_finest_level() -> None:
+    config = preset("any4d")
+    whole, fine = image_bytes(config, GRID, 2), head_bytes(config.scene.geometry_head, GRID, 2)
+    few = memory.GPU_FINE_IMAGES
+    assert chunk_bytes(config, GRID, 2, few) == few * whole
+    coarse = 2 * 48 * 74 * 256
+    assert chunk_bytes(config, GRID, 2, few + 3) == (few + 3) * (whole - fine + coarse) + few * fine
+    assert chunk_bytes(config, GRID, 4, 9) == 9 * image_bytes(config, GRID, 4)  # not in float32
+
+
+def test_peaks_at_the_targets_with_packed_weights() -> None:
+    """Issue 5's targets: 2 GB at 2 views, 2.5 at 8, 5 at 41; the last one without packing too."""
+    config = preset("any4d")
+    parameters = sum(p.numel() for p in _meta_model().parameters())
+    copies = 1.03e9
+    for views, target in ((2, 2e9), (8, 2.5e9), (41, 5e9)):
+        found = footprint(config, 1, views, 336, 518, balanced(views, memory.GPU_HEAD_IMAGES)).peak
+        outputs = views * output_bytes(336, 518)  # of a graph, or counted twice
+        side = memory.GPU_FINE_IMAGES * head_bytes(config.scene.flow_head, GRID, 2)
+        assert 0.03e9 + copies + found + outputs + side < target
+        if views == 41:
+            assert 4 * parameters + copies + found < target
 
 
 @pytest.mark.parametrize(("views", "limit", "length"), [(41, 16, 14), (16, 16, 16), (17, 16, 9), (5, 1, 1), (1, 9, 1)])
@@ -95,14 +120,15 @@ def test_the_chunk_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         return head_chunk(config, 1, views, GRID, gpu.device, itemsize=2, **options)
 
     large = FakeGpu(monkeypatch, 141e9, 100e9, 5e9)
-    assert chunk(large) == memory.GPU_HEAD_IMAGES
+    assert chunk(large) == balanced(32, memory.GPU_HEAD_IMAGES)
     assert chunk(large, memory_budget=5e9 / gib) == 1
     outputs = 32 * output_bytes(336, 518)
-    budget = (5e9 + outputs + 8.5 * per_view) / gib
+    budget = (5e9 + outputs + chunk_bytes(config, GRID, 2, 8) + 1) / gib
     assert chunk(large, memory_budget=budget) == 8
     assert chunk(large, memory_budget=budget, keeps_outputs=False) > 8
     small = FakeGpu(monkeypatch, 8e9, outputs + 4.5 * per_view, 7e9)
-    assert chunk(small) == min(4, int((outputs + 4.5 * per_view) / 2 / per_view))
+    room = 4.5 * per_view  # less than half of what is free
+    assert chunk(small) == balanced(32, max(n for n in range(1, 13) if chunk_bytes(config, GRID, 2, n) <= room))
     assert head_chunk(config, 8, 32, GRID, small.device, itemsize=2) == 1
 
 
@@ -198,6 +224,18 @@ def test_host_copies_without_a_gpu_hand_through() -> None:
     found = copies.add([{"a": tensor}, {"a": tensor}])
     copies.wait()
     assert [view["a"] is tensor for view in found] == [True, True]
+
+
+def test_the_finest_level_in_parts_is_the_same(model: Any4D, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for few in (100, 2):
+        monkeypatch.setattr(head_loop, "GPU_FINE_IMAGES", few)
+        with torch.no_grad(), use_head_dtype(torch.float16):
+            found.append(model(inputs()))
+    for view, other in zip(*found, strict=True):
+        for key, value in other.items():
+            if value.is_floating_point():  # in 16 bits, added in another order
+                assert relative_error(view[key], value) <= 2e-3, key
 
 
 def test_memory_is_the_same_without_a_chunk_size(model: Any4D) -> None:

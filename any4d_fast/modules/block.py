@@ -13,7 +13,9 @@ from .. import ops
 from ..ops.attention import Segments
 
 if TYPE_CHECKING:
+    from ..ops.linear_fp8 import Rows8
     from .packing import BlockWeights
+    from .packing_fp8 import BlockWeights8
 
 NORM_EPS = 1e-6  # DINOv2's and upstream's epsilon for every LayerNorm
 
@@ -47,15 +49,19 @@ class SelfAttention(nn.Module):
     def forward(self, y: Tensor, segments: Segments, scale: float, weights: BlockWeights | None = None) -> Tensor:
         """[R, C] normed rows -> [R, C] branch; rows outside every segment attend to nothing."""
         packed = self.qkv(y) if weights is None else F.linear(y, weights.qkv_weight, weights.qkv_bias)
-        qkv = packed.view(-1, 3, self.num_heads, self.head_dim)  # [R, 3, heads, head_dim]
-        if isinstance(self.q_norm, nn.LayerNorm):
-            q, k, v = qkv.unbind(1)
-            qkv = torch.stack([self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v], dim=1)
-        out = ops.attention(qkv, segments=segments, scale=scale)  # [R, heads, head_dim]
+        out = ops.attention(self.arrange(packed), segments=segments, scale=scale)  # [R, heads, head_dim]
         assert isinstance(out, Tensor)
         rows = out.flatten(1)
         result: Tensor = self.proj(rows) if weights is None else F.linear(rows, weights.proj_weight, weights.proj_bias)
         return result
+
+    def arrange(self, packed: Tensor) -> Tensor:
+        """[R, 3C] queries, keys and values -> [R, 3, heads, head_dim], normed where configured."""
+        qkv = packed.view(-1, 3, self.num_heads, self.head_dim)
+        if isinstance(self.q_norm, nn.LayerNorm):
+            q, k, v = qkv.unbind(1)
+            qkv = torch.stack([self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v], dim=1)
+        return qkv
 
 
 class Mlp(nn.Module):
@@ -126,19 +132,19 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        y: Tensor,
+        y: Tensor | Rows8,
         segments: Segments,
         scale: float,
         next_norm: nn.LayerNorm,
         row_scales: tuple[Tensor | None, Tensor | None] = (None, None),
         out_dtype: torch.dtype | None = None,
-        weights: BlockWeights | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        weights: BlockWeights | BlockWeights8 | None = None,
+    ) -> tuple[Tensor, Tensor | Rows8]:
         """Run the block.
 
         Args:
             x: [R, C] residual stream.
-            y: [R, C] `norm1(x)` in the dtype of matrix products.
+            y: [R, C] `norm1(x)` in the dtype of matrix products; for 8-bit weights as they want it.
             segments: which rows attend to which.
             scale: factor on the attention logits.
             next_norm: the LayerNorm that reads the result.
@@ -151,7 +157,8 @@ class Block(nn.Module):
             The new residual stream and `next_norm` of it.
         """
         if weights is not None:
-            return self._infer(x, y, segments, scale, row_scales[0], out_dtype or y.dtype, weights)
+            return weights.infer(self, x, y, segments, scale, row_scales[0], out_dtype or compute_dtype(x))
+        assert isinstance(y, Tensor)
         branch = F.dropout(self.attn(y, segments, scale), self.proj_drop, self.training)
         x, y = _residual_norm(x, branch, self.ls1, self.norm2, row_scales[0], y.dtype)
         recompute = self.recompute_mlp and self.training
@@ -159,7 +166,7 @@ class Block(nn.Module):
         branch = F.dropout(branch, self.proj_drop, self.training)
         return _residual_norm(x, branch, self.ls2, next_norm, row_scales[1], out_dtype or y.dtype)
 
-    def _infer(
+    def infer(
         self,
         x: Tensor,
         y: Tensor,
@@ -169,6 +176,7 @@ class Block(nn.Module):
         out_dtype: torch.dtype,
         weights: BlockWeights,
     ) -> tuple[Tensor, Tensor]:
+        """`forward` in place with inference weights in 16 bits."""
         branch = self.attn(y, segments, scale, weights)
         gamma, gain, shift = weights.after_attention
         x, y = ops.residual_norm(

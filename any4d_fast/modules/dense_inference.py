@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from ..ops import dense_maps
 from ..ops.resize_conv import Layers, pack_layers, resize_conv_checked
 from .derived import Derived, caching, derivable
+from .host_weights import home, resident
 
 if TYPE_CHECKING:
     from .dpt import DPTFeatures, DPTRegressor, FusionBlock, ResidualConvUnit
@@ -39,13 +40,14 @@ class CastStore(Derived, Generic[T]):
         parameters = list(module.parameters())
         if not (caching() and derivable(*parameters)):
             return pack(module, dtype)
-        key = (dtype, parameters[0].device)
+        key = (dtype, device := home(parameters))
         made: list[T] = []
 
         this = weakref.proxy(module)  # the module holds this store: a cycle would keep both
 
         def recipe() -> Iterator[Tensor]:
-            tree = pack(this, dtype)
+            with resident(this.parameters(), device):
+                tree = pack(this, dtype)
             made[:] = [_rebuilt(tree, itertools.repeat(torch.empty(0)))]  # its shape alone outlives this call
             yield from _leaves(tree)
 
@@ -190,13 +192,32 @@ def _positive(x: Tensor, flag: Tensor) -> Tensor:
     return dense_maps.finish(x, None, flag, out=False, relu=True)[1]
 
 
-def features(module: DPTFeatures, weights: FeatureWeights, maps: list[Tensor], flag: Tensor) -> Tensor:
-    """Four [N, h, w, C_i] token maps -> [N, 8h, 8w, feature_dim]; `DPTFeatures.forward` in the maps' dtype.
+COARSE_LEVELS, FINEST_LEVEL = (3, 2, 1), (0,)
+
+
+def features(
+    module: DPTFeatures,
+    weights: FeatureWeights,
+    maps: list[Tensor],
+    flag: Tensor,
+    levels: Sequence[int] = (*COARSE_LEVELS, *FINEST_LEVEL),
+    coarse: Tensor | None = None,
+) -> Tensor:
+    """Fuse [N, h, w, C_i] token maps from coarse to fine, in the maps' dtype: `DPTFeatures.forward` with all levels.
 
     A coarser map waits at its own size: where it joins a finer one, it is resized in the pass that adds it.
+
+    Args:
+        module, weights: the head's.
+        maps: four token maps.
+        flag: [1] int32.
+        levels: which of them to add, from coarse to fine.
+        coarse: what coarser levels gave, [N, h', w', feature_dim].
+
+    Returns:
+        [N, 8h, 8w, feature_dim] after the finest level, else what the next finer one takes as `coarse`.
     """
-    coarse: Tensor | None = None
-    for level in (3, 2, 1, 0):
+    for level in levels:
         fusion = weights.fusions[level]
         layer = _entry(
             maps[module.hooks[level]], weights.projections[level], weights.changes[level], weights.widths[level]
@@ -208,7 +229,7 @@ def features(module: DPTFeatures, weights: FeatureWeights, maps: list[Tensor], f
         coarse = F.linear(refined, fusion.project.weight, fusion.project.bias)
         del layer, positive, refined  # the next level is four times as large
     assert coarse is not None
-    return dense_maps.upsample(coarse, flag)
+    return dense_maps.upsample(coarse, flag) if level == 0 else coarse
 
 
 class RegressorWeights(NamedTuple):

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .host_weights import home
+
 Sources = Callable[[], Sequence[Tensor]]
 Recipe = Callable[[], Iterable[Tensor]]
 
@@ -123,7 +125,7 @@ class Kept:
             if found == self._signature:
                 self.wait()
                 return False
-            device = sources[0].device
+            device = home(sources)
             self._signature = None  # until all are written
             # Normal tensors, exact arithmetic: whatever mode the caller is in must not reach what is kept.
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):

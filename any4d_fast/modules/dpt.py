@@ -113,16 +113,27 @@ class DPTFeatures(nn.Module):
                 layers.append(change)
             self.input_process.append(nn.Sequential(nn.Sequential(*layers), projection))
 
-    def forward(self, maps: list[Tensor], flag: Tensor | None = None, double: bool = True) -> Tensor:
+    def forward(
+        self,
+        maps: list[Tensor],
+        flag: Tensor | None = None,
+        double: bool = True,
+        coarse: Tensor | None = None,
+        coarse_only: bool = False,
+    ) -> Tensor:
         """Four [N, C_i, h, w] maps -> [N, feature_dim, 8h, 8w], or half of that where the regressor is to double it.
 
         With a flag ([1] int32), maps of 16 bits in channels-last memory are computed on in their dtype, without
-        gradients; the flag is set where a value does not fit it.
+        gradients; the flag is set where a value does not fit it. Then two calls may share the work: one with
+        `coarse_only` returns the map that the coarser levels give, the other takes it as `coarse`.
         """
         if flag is not None:
             weights = self.derived.weights(self, maps[0].dtype, dense_inference.pack_features)
             last = [m.permute(0, 2, 3, 1) for m in maps]
-            return dense_inference.features(self, weights, last, flag).permute(0, 3, 1, 2)
+            levels: tuple[int, ...] = () if coarse is not None else dense_inference.COARSE_LEVELS
+            levels += () if coarse_only else dense_inference.FINEST_LEVEL
+            before = None if coarse is None else coarse.permute(0, 2, 3, 1)
+            return dense_inference.features(self, weights, last, flag, levels, before).permute(0, 3, 1, 2)
 
         def run(module: nn.Module, *args: Tensor | bool) -> Tensor:
             if self.checkpoint_gradient and self.training:

@@ -15,9 +15,13 @@ from torch.utils.checkpoint import checkpoint
 from .. import ops
 from ..config import EncoderConfig
 from ..ops.attention import Segments, attention_scale
+from ..precision import EXACT, FP8
+from . import packing_fp8
 from .block import NORM_EPS, Block, compute_dtype, layer_norm
 from .derived import Derived, caching, derivable
-from .packing import packed_blocks, packed_dtype
+from .host_weights import require_here
+from .packing import PackedBlocks, packed_blocks, packed_dtype
+from .packing_fp8 import PackedBlocks8, packed_blocks_fp8
 
 TRAINED_GRID = 37  # patches a side at DINOv2's 518-pixel training size
 REGISTERS = 4
@@ -116,7 +120,7 @@ class VisionTransformer(nn.Module):
             ("patch", dtype, weight.device), lambda: [proj.weight], lambda: [proj.weight.to(dtype)]
         )[0]
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, precision: str = EXACT) -> Tensor:
         """[N, 3, H, W] normalised images -> [N, T, C] patch tokens, float32 (a view without the class token)."""
         n, _, height, width = images.shape
         rows, columns = height // self.patch_size, width // self.patch_size
@@ -139,7 +143,13 @@ class VisionTransformer(nn.Module):
         blocks = [b for b in self.blocks if isinstance(b, Block)]
         # Without a final norm the last block still takes one; what it makes of the stream is not used.
         final_norm = self.norm if isinstance(self.norm, nn.LayerNorm) else blocks[-1].norm2
-        packed = None if packed_dtype(x.device) is None else packed_blocks(self.derived, blocks, final_norm, dtype)
+        packed: PackedBlocks | PackedBlocks8 | None = None
+        if precision == FP8:
+            packed = packed_blocks_fp8(self.derived, "the encoder", blocks, final_norm, dtype, packing_fp8.ENCODER)
+        elif packed_dtype(x.device) is not None:
+            packed = packed_blocks(self.derived, blocks, final_norm, dtype)
+        if packed is None:
+            require_here("encoder", blocks[0].attn.qkv.weight, x)
         y = layer_norm(x, blocks[0].norm1, dtype) if packed is None else packed.first_input(x, dtype)
         for i, block in enumerate(blocks):
             last = i + 1 == len(blocks)
@@ -149,6 +159,7 @@ class VisionTransformer(nn.Module):
                 x, y = checkpoint(block, *args, out_dtype, use_reentrant=False)
             else:
                 x, y = block(*args, out_dtype, None if packed is None else packed.blocks[i])
+        assert isinstance(y, Tensor)  # e4m3 rows are for blocks
         out = y if isinstance(self.norm, nn.LayerNorm) else x
         return out.view(n, length, -1)[:, length - rows * columns :]
 
@@ -164,9 +175,9 @@ class ImageEncoder(nn.Module):
         self.data_norm_type = config.data_norm_type
         self.model = VisionTransformer(config)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """[N, 3, H, W] normalised images -> [N, T, C] patch tokens."""
-        tokens: Tensor = self.model(images)
+    def forward(self, images: Tensor, precision: str = EXACT) -> Tensor:
+        """[N, 3, H, W] normalised images -> [N, T, C] patch tokens; `precision` as in `Any4D.forward`."""
+        tokens: Tensor = self.model(images, precision)
         return tokens
 
 

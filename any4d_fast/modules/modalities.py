@@ -99,6 +99,7 @@ class ModalityReader:
     def __init__(self, config: ModalityConfig, views: list[View], training: bool) -> None:
         self.config = config
         self.views = views
+        self.training = training
         self.batch = views[0]["img"].shape[0]
         self.device = views[0]["img"].device
         self.draw = _Draw(training, self.batch, len(views), self.device)

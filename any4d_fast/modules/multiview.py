@@ -11,9 +11,13 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import TransformerConfig
 from ..ops.attention import Segments, attention_scale
+from ..precision import EXACT, FP8, PrecisionError
+from . import packing_fp8
 from .block import NORM_EPS, Block, compute_dtype, layer_norm
 from .derived import Derived, derivable
+from .host_weights import require_here
 from .packing import PackedBlocks, packed_blocks, packed_dtype
+from .packing_fp8 import PackedBlocks8, packed_blocks_fp8
 
 
 def sinusoid_table(positions: int, dim: int) -> Tensor:
@@ -65,12 +69,13 @@ class MultiViewTransformer(nn.Module):
         self.derived.drop_stale()
         return self
 
-    def forward(self, tokens: Tensor, views: int) -> tuple[list[Tensor], Tensor]:
+    def forward(self, tokens: Tensor, views: int, precision: str = EXACT) -> tuple[list[Tensor], Tensor]:
         """Run all blocks.
 
         Args:
             tokens: [B, V*T + 1, C_in] fused tokens, view by view, then the sample's scale token.
             views: V.
+            precision: as in `Any4D.forward`.
 
         Returns:
             The tapped features [B, V*T + 1, C] (after the final LayerNorm where configured), and the last ones.
@@ -80,7 +85,9 @@ class MultiViewTransformer(nn.Module):
         per_view = (rows - 1) // views
         blocks = [b for b in self.self_attention_blocks if isinstance(b, Block)]
         dtype = compute_dtype(tokens)
-        packed = self._packed(blocks)
+        packed = self._packed_fp8(blocks, dtype) if precision == FP8 else self._packed(blocks)
+        if packed is None:
+            require_here("info_sharing", blocks[0].attn.qkv.weight, tokens)
         x = self._project(tokens, packed is not None)
         x = self._add_view_positions(x, views, per_view)
         x = x.flatten(0, 1)  # [B * (V*T + 1), C]
@@ -106,6 +113,7 @@ class MultiViewTransformer(nn.Module):
                 x, y = block(*args)
             if config.indices is not None and i in config.indices:
                 taps.append(self._tap(x, y, last, packed is not None))
+        assert isinstance(y, Tensor)  # e4m3 rows are for blocks
         return [t.view(batch, rows, -1) for t in taps], y.view(batch, rows, -1)
 
     def _tap(self, x: Tensor, y: Tensor, last: bool, overwritten: bool) -> Tensor:
@@ -114,16 +122,26 @@ class MultiViewTransformer(nn.Module):
             return y if last else layer_norm(x, self.norm)
         return x.clone() if overwritten and not last else x
 
-    def _packed(self, blocks: list[Block]) -> PackedBlocks | None:
+    def _packed(self, blocks: list[Block]) -> PackedBlocks | PackedBlocks8 | None:
         """Inference weights, where they may be used: see `packing`."""
         dtype = packed_dtype(self.norm.weight.device)
+        if dtype is None or self.training or not self._plain_projection():
+            return None
+        return packed_blocks(self.derived, blocks, self.norm, dtype)
+
+    def _packed_fp8(self, blocks: list[Block], dtype: torch.dtype) -> PackedBlocks8:
+        """Inference weights in 8 bits: see `packing_fp8`."""
+        name = "the multi-view transformer"
+        if not self._plain_projection():
+            raise PrecisionError(f'precision="fp8" cannot run this call: the projection before {name} is not plain')
+        return packed_blocks_fp8(self.derived, name, blocks, self.norm, dtype, packing_fp8.TRANSFORMER)
+
+    def _plain_projection(self) -> bool:
         projection = self.proj_embed
         plain = type(projection) is nn.Identity or (
             type(projection) is nn.Linear and derivable(projection.weight, projection.bias)
         )
-        if dtype is None or self.training or not plain or projection._forward_hooks or projection._forward_pre_hooks:
-            return None
-        return packed_blocks(self.derived, blocks, self.norm, dtype)
+        return plain and not projection._forward_hooks and not projection._forward_pre_hooks
 
     def _project(self, tokens: Tensor, packed: bool) -> Tensor:
         """[B, rows, C_in] -> [B, rows, C] in the tokens' dtype; with `packed` in memory that may be overwritten."""
@@ -133,11 +151,11 @@ class MultiViewTransformer(nn.Module):
         projection = self.proj_embed
         if not isinstance(projection, nn.Linear):
             return tokens.clone()
-        dtype = compute_dtype(tokens)
+        dtype, device = compute_dtype(tokens), tokens.device
         found = self.derived.get(
-            ("projection", dtype, projection.weight.device),
+            ("projection", dtype, device),
             lambda: [projection.weight, projection.bias],
-            lambda: [projection.weight.to(dtype), projection.bias.to(dtype)],
+            lambda: [projection.weight.to(device).to(dtype), projection.bias.to(dtype)],
         )
         return torch.nn.functional.linear(tokens.to(dtype), *found).to(tokens.dtype)
 

@@ -18,8 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends, ops
+from ..ops.attention import Segments
+from ..ops.linear_fp8 import Rows8
 from .block import NORM_EPS, Block, LayerScale, Mlp, SelfAttention, SwiGLU
 from .derived import Derived, caching, derivable
+from .host_weights import home
 
 PACKED_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -43,6 +46,20 @@ class BlockWeights(NamedTuple):
     out_bias: Tensor
     after_attention: Affine
     after_mlp: Affine
+
+    def infer(
+        self,
+        block: Block,
+        x: Tensor,
+        y: Tensor | Rows8,
+        segments: Segments,
+        scale: float,
+        row_scale: Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        """The block with these weights; see `Block.forward`."""
+        assert isinstance(y, Tensor)
+        return block.infer(x, y, segments, scale, row_scale, out_dtype, self)
 
 
 class PackedBlocks(NamedTuple):
@@ -68,13 +85,13 @@ def packed_blocks(
     store: Derived, blocks: Sequence[Block], final_norm: nn.LayerNorm, dtype: torch.dtype
 ) -> PackedBlocks | None:
     """The blocks' weights in `dtype`, or None where a module is not what this file knows, or has hooks of its own."""
-    if not blocks or not all(_known(block) for block in blocks):
+    if not blocks or not all(known(block) for block in blocks):
         return None
     if type(final_norm) is not nn.LayerNorm or final_norm.eps != NORM_EPS:
         return None
     parts = [_Parts(block) for block in blocks]
     tensors = store.get(
-        ("blocks", dtype, parts[0].qkv.weight.device),
+        ("blocks", dtype, home(parts[0].sources())),
         lambda: [t for block in blocks for t in _Parts(block).sources()],
         lambda: (t for block in blocks for t in _Parts(block).derive(dtype)),
     )
@@ -87,7 +104,7 @@ def packed_blocks(
     return PackedBlocks(found, (first.weight, first.bias))
 
 
-def _known(block: Block) -> bool:
+def known(block: Block) -> bool:
     """Whether a block is built of the modules that are packed here, without hooks, without dropout."""
     mlp = block.mlp
     if type(block) is not Block or type(block.attn) is not SelfAttention or type(mlp) not in (Mlp, SwiGLU):
@@ -101,6 +118,12 @@ def _known(block: Block) -> bool:
         and all(type(scale) in (LayerScale, nn.Identity) for scale in (block.ls1, block.ls2))
         and not any(m._forward_hooks or m._forward_pre_hooks for m in inner)
     )
+
+
+def matrices(block: Block) -> tuple[Tensor, ...]:
+    """Weights of a known block that inference reads in 16 bits alone."""
+    part = _Parts(block)
+    return part.qkv.weight, part.proj.weight, part.fc_in.weight, part.fc_out.weight
 
 
 class _Parts:
@@ -127,8 +150,9 @@ class _Parts:
 
     def derive(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """Weight and bias of the four layers; a bias only where there is one."""
+        device = home(self.sources())
         for linear in (self.qkv, self.proj, self.fc_in, self.fc_out):
-            yield linear.weight.to(dtype)
+            yield linear.weight.to(device).to(dtype)
             if _has_bias(linear):
                 # `linear_gelu` adds its bias to the float32 sum, so there it needs no rounding.
                 exact = linear is self.fc_in and not self.gated

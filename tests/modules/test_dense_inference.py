@@ -75,6 +75,20 @@ def test_a_dense_head_is_the_same_function(name: str, dtype: torch.dtype) -> Non
     assert relative_error(found, expected) <= ROUNDING_STEPS * STEP[dtype]
 
 
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_levels_in_two_calls_are_the_head(name: str) -> None:
+    config, dims, grid = CASES[name]
+    features, maps = head(config, dims)[0], token_maps(dims, grid)
+    flag = new_flag(torch.device("cpu"))
+    narrow = [m.half().contiguous(memory_format=torch.channels_last) for m in maps]
+    whole = features(narrow, flag)
+    coarse = features(narrow, flag, coarse_only=True)
+    parts = [features([m[i : i + 1] for m in narrow], flag, coarse=coarse[i : i + 1]) for i in range(len(whole))]
+    assert relative_error(torch.cat(parts), whole) <= STEP[torch.float16]
+    assert not flag.item()
+
+
 @pytest.mark.parametrize("dtype", STEP)
 @pytest.mark.parametrize("blocks", [0, 2])
 def test_the_pose_head_is_the_same_function(blocks: int, dtype: torch.dtype) -> None:

@@ -1,0 +1,225 @@
+"""Per-pixel training losses: two passes over the maps forward (mean distances, then losses), one pass back.
+
+Predictions are [V, B, ...] and targets [B, V, ...], both contiguous: row v * B + b of the ones is row b * V + v of the
+others. One program walks a chunk of one row. Passes that reduce write partial sums, column k of sample b at
+[b, k, v * chunks + chunk], and a program a sample adds each column in float64, in a fixed order; no atomics.
+
+World points of the target are composed at the pixel from rays, depth and pose, which are read for their own losses
+anyway. Loads are masked: what is not known costs no traffic and cannot leak, whatever it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from any4d_fast.reference.map_losses import PredictedMaps, TargetMaps
+
+from ._map_loss_passes import (
+    DISTANCE_SUMS,
+    LOSS_SUMS,
+    TERMS,
+    backward_kernel,
+    distances_kernel,
+    finish_distances_kernel,
+    finish_losses_kernel,
+    losses_kernel,
+)
+from .aot import AotCase
+
+
+class Config(NamedTuple):
+    """Launch configuration of a pass: pixels a step, warps, steps a program."""
+
+    block: int
+    warps: int
+    iterations: int
+
+    def chunks(self, pixels: int) -> int:
+        """Programs a row."""
+        return triton.cdiv(pixels, self.block * self.iterations)
+
+
+# Not measured yet. One pixel a thread: the losses take 80 registers so (121 with confidence and robust loss), and
+# 102 (128 and spills) with two. As in unproject, 4,096 pixels a program spread its reductions' shuffles; the pass that
+# only writes takes few, so that the last programs of a launch do not wait for long.
+DISTANCES = Config(block=128, warps=4, iterations=32)
+LOSSES = Config(block=128, warps=4, iterations=32)
+BACKWARD = Config(block=128, warps=4, iterations=4)
+_FINISH_BLOCK = 128
+
+
+def _contiguous(maps: PredictedMaps, targets: TargetMaps) -> tuple[PredictedMaps, TargetMaps]:
+    """Every tensor packed, masks and flags as bytes."""
+    packed = PredictedMaps(*(None if m is None else m.contiguous() for m in maps))  # type: ignore[arg-type]
+    bytes_ = (t.contiguous().view(torch.uint8) if t.dtype == torch.bool else t.contiguous() for t in targets)
+    return packed, TargetMaps(*bytes_)
+
+
+def _common(maps: PredictedMaps, targets: TargetMaps) -> tuple[list[Any], list[Any]]:
+    """Maps and targets in the order in which the loss and gradient kernels take them."""
+    predicted = [maps.pts3d, maps.scene_flow, maps.depth_along_ray, maps.ray_directions, maps.mask_logits, maps.conf]
+    return predicted, [
+        targets.ray_directions, targets.depth_along_ray, targets.camera_poses, targets.scene_flow, targets.depth_mask,
+        targets.flow_mask, targets.dynamic_mask, targets.surface_mask, targets.has_rays, targets.has_poses,
+        targets.has_surface,
+    ]  # fmt: skip
+
+
+def forward(
+    maps: PredictedMaps,
+    targets: TargetMaps,
+    dynamic_weight: float,
+    conf_alpha: float,
+    robust_alpha: float,
+    robust_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Launch the forward passes.
+
+    Args:
+        maps, targets: as `any4d_fast.ops.map_losses` takes them, maps stacked.
+        dynamic_weight: of moving pixels in the flow's loss.
+        conf_alpha: of the confidence's logarithm.
+        robust_alpha, robust_scale: of the robust loss; 0 for norms.
+
+    Returns:
+        Terms [B, 5], the prediction's and the target's mean distance [B], counts [B, 5], and the slopes of the depth's,
+        points' and flow's loss with respect to the prediction's mean distance [B, 3].
+    """
+    views, batch, height, width = maps.pts3d.shape[:4]
+    pixels, device = height * width, maps.pts3d.device
+    if views * pixels == 0 or batch == 0:
+        zeros = [torch.zeros(shape, device=device) for shape in ((batch, TERMS.value), (batch,), (batch,))]
+        counts = torch.zeros((batch, TERMS.value), dtype=torch.int64, device=device)
+        return zeros[0], zeros[1], zeros[2], counts, torch.zeros((batch, 3), device=device)
+    maps, targets = _contiguous(maps, targets)
+    terms, slopes = torch.empty((batch, TERMS.value), device=device), torch.empty((batch, 3), device=device)
+    pred_distance, distance = torch.empty(batch, device=device), torch.empty(batch, device=device)
+    counts = torch.empty((batch, TERMS.value), dtype=torch.int64, device=device)
+
+    chunks = DISTANCES.chunks(pixels)
+    partials = torch.empty((batch, DISTANCE_SUMS.value, views * chunks), device=device)
+    flags = targets.has_rays, targets.has_poses
+    distances_kernel[(views * batch * chunks,)](
+        maps.pts3d, maps.depth_along_ray, targets.ray_directions, targets.depth_along_ray, targets.camera_poses,
+        targets.depth_mask, *flags, partials, views, batch, pixels, chunks,
+        BLOCK=DISTANCES.block, ITERATIONS=DISTANCES.iterations, num_warps=DISTANCES.warps,
+    )  # fmt: skip
+    finish_distances_kernel[(batch,)](
+        partials, *flags, pred_distance, distance, counts, views, chunks,
+        HAS_DEPTH=maps.depth_along_ray is not None, BLOCK=_FINISH_BLOCK, num_warps=1,
+    )  # fmt: skip
+
+    chunks = LOSSES.chunks(pixels)
+    partials = torch.empty((batch, LOSS_SUMS.value, views * chunks), device=device)
+    predicted, true = _common(maps, targets)
+    losses_kernel[(views * batch * chunks,)](
+        *predicted, *true, pred_distance, distance, counts, partials, views, batch, pixels, chunks,
+        dynamic_weight, conf_alpha, robust_alpha, robust_scale,
+        ROBUST=robust_scale > 0, BLOCK=LOSSES.block, ITERATIONS=LOSSES.iterations, num_warps=LOSSES.warps,
+    )  # fmt: skip
+    finish_losses_kernel[(batch,)](
+        partials, targets.has_rays, targets.has_surface, counts, terms, slopes, views, pixels, chunks,
+        HAS_RAYS=maps.ray_directions is not None, HAS_LOGITS=maps.mask_logits is not None,
+        BLOCK=_FINISH_BLOCK, num_warps=1,
+    )  # fmt: skip
+    return terms, pred_distance, distance, counts, slopes
+
+
+def backward(
+    maps: PredictedMaps,
+    targets: TargetMaps,
+    pred_distance: Tensor,
+    distance: Tensor,
+    counts: Tensor,
+    slopes: Tensor,
+    grad_terms: Tensor,
+    grad_pred_distance: Tensor,
+    needed: tuple[bool, ...],
+    dynamic_weight: float,
+    conf_alpha: float,
+    robust_alpha: float,
+    robust_scale: float,
+) -> tuple[Tensor, ...]:
+    """Launch the backward pass.
+
+    Args:
+        maps, targets: the forward's inputs.
+        pred_distance, distance, counts, slopes: its outputs.
+        grad_terms: [B, 5] cotangents.
+        grad_pred_distance: [B] cotangents.
+        needed: which maps want a gradient, in the order of `PredictedMaps`.
+        dynamic_weight, conf_alpha, robust_alpha, robust_scale: as in the forward pass.
+
+    Returns:
+        A gradient for every map, contiguous in its dtype; an empty tensor for each that is not needed.
+    """
+    views, batch, height, width = maps.pts3d.shape[:4]
+    pixels, device = height * width, maps.pts3d.device
+    grads = [
+        torch.empty(m.shape, dtype=m.dtype, device=device)
+        if m is not None and need
+        else torch.empty(0, dtype=maps.pts3d.dtype, device=device)
+        for m, need in zip(maps, needed, strict=True)
+    ]
+    outputs = [g if m is not None and need else None for g, m, need in zip(grads, maps, needed, strict=True)]
+    if maps.pts3d.numel() == 0 or all(out is None for out in outputs):
+        return tuple(grads)
+    maps, targets = _contiguous(maps, targets)
+    chunks = BACKWARD.chunks(pixels)
+    predicted, true = _common(maps, targets)
+    backward_kernel[(views * batch * chunks,)](
+        *predicted, *true, pred_distance, distance, counts, slopes, grad_terms.contiguous(),
+        grad_pred_distance.contiguous(), *outputs, views, batch, pixels, chunks,
+        dynamic_weight, conf_alpha, robust_alpha, robust_scale,
+        ROBUST=robust_scale > 0, BLOCK=BACKWARD.block, ITERATIONS=BACKWARD.iterations, num_warps=BACKWARD.warps,
+    )  # fmt: skip
+    return tuple(grads)
+
+
+_INTEGERS = ("views", "batch", "pixels", "chunks")
+_SCALARS = ("dynamic_weight", "conf_alpha", "alpha", "scale")
+_PREDICTIONS = ("points", "flow", "depth", "rays", "logits", "conf")
+
+
+def _type(name: str, kind: str) -> str:
+    if name in _INTEGERS:
+        return "i32"
+    if name in _SCALARS:
+        return "fp32"
+    if name == "counts":
+        return "*i64"
+    if name.startswith("has_") or name.endswith("_mask"):
+        return "*u8"
+    return f"*{kind}" if name in _PREDICTIONS or name.startswith("out_") else "*fp32"
+
+
+def aot_cases() -> list[AotCase]:
+    """Every production configuration: predictions in 16 or 32 bit, with and without confidence, norms and robust."""
+    cases = []
+
+    def add(name: str, kernel: Any, kind: str, constants: dict[str, Any], warps: int) -> None:
+        names = [arg for arg in kernel.arg_names if not arg.isupper() and arg not in constants]
+        types = {arg: _type(arg, kind) for arg in names}
+        aligned = tuple(arg for arg, kind_of in types.items() if kind_of.startswith("*"))
+        cases.append(AotCase(f"map_losses {name} {kind}", kernel, types, constants, aligned, {"num_warps": warps}))
+
+    def tile(config: Config) -> dict[str, Any]:
+        return {"BLOCK": config.block, "ITERATIONS": config.iterations}
+
+    for kind in ("fp16", "bf16", "fp32"):
+        add("distances", distances_kernel, kind, tile(DISTANCES), DISTANCES.warps)
+        for name, robust, absent in (
+            ("plain", False, ("conf", "out_conf")),
+            ("confidence robust", True, ()),
+        ):
+            for step, kernel, config in (("losses", losses_kernel, LOSSES), ("backward", backward_kernel, BACKWARD)):
+                nothing = {arg: None for arg in absent if arg in kernel.arg_names}
+                add(f"{step} {name}", kernel, kind, {**nothing, "ROBUST": robust, **tile(config)}, config.warps)
+    finish = {"BLOCK": _FINISH_BLOCK}
+    add("finish distances", finish_distances_kernel, "fp32", {"HAS_DEPTH": True, **finish}, 1)
+    add("finish losses", finish_losses_kernel, "fp32", {"HAS_RAYS": True, "HAS_LOGITS": True, **finish}, 1)
+    return cases
