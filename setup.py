@@ -87,7 +87,10 @@ setup(
     ],
     include_package_data=False,  # what MANIFEST.in lists is for source distributions
     package_dir={ROOT: ROOT, KERNELS: "kernels", SOURCES: "csrc"},
-    package_data={ROOT: ["py.typed", "**/*.json"], SOURCES: ["*.cu", "*.cuh", "*.h", "*.cpp"]},
+    package_data={
+        ROOT: ["py.typed", "**/*.json", "**/*.toml", "**/*.safetensors"],
+        SOURCES: ["*.cu", "*.cuh", "*.h", "*.cpp"],
+    },
     ext_modules=extensions(),
     cmdclass={"build_py": CleanBuildPy, "build_ext": BuildCuda},
 )

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .cli_train import add_commands
+
 if TYPE_CHECKING:
     from .demo import Errors
     from .model import Any4D
@@ -238,6 +240,9 @@ def info() -> None:
     from .info import main as print_info
 
     raise typer.Exit(print_info([]))
+
+
+add_commands(app)
 
 
 def main() -> None:

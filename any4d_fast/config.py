@@ -203,7 +203,10 @@ class AdaptorConfig:
 
     def is_released(self) -> bool:
         """Whether these are the released checkpoint's adaptors, which `ops.compose_factors` computes in one pass."""
-        return self == AdaptorConfig()
+        return self == _RELEASED_ADAPTORS
+
+
+_RELEASED_ADAPTORS = AdaptorConfig()
 
 
 @dataclass(frozen=True)
@@ -296,13 +299,14 @@ PRESETS: dict[str, Any4DConfig] = {
     ),
     "tiny": Any4DConfig(
         name="tiny",
-        encoder=EncoderConfig(size="small", keep_first_n_layers=4),
-        transformer=TransformerConfig(depth=6, dim=192, num_heads=3, indices=(2, 4)),
-        tokenizers=TokenizerConfig(dense_dims=(48, 64, 96), global_dims=(32, 64, 128)),
+        # Under 15 million parameters, so that the packaged weights stay under 30 MB; depth goes where views meet.
+        encoder=EncoderConfig(size="small", keep_first_n_layers=1),
+        transformer=TransformerConfig(depth=8, dim=256, num_heads=4, indices=(3, 5)),
+        tokenizers=TokenizerConfig(dense_dims=(32, 48, 64), global_dims=(32, 64, 128)),
         scene=SceneConfig(
             num_resconv_block=1,
-            geometry_head=DenseHeadConfig(output_dim=6, feature_dim=32, layer_dims=(32, 48, 64, 96)),
-            flow_head=DenseHeadConfig(output_dim=3, feature_dim=32, layer_dims=(32, 48, 64, 96)),
+            geometry_head=DenseHeadConfig(output_dim=6, feature_dim=48, layer_dims=(32, 48, 64, 96)),
+            flow_head=DenseHeadConfig(output_dim=3, feature_dim=48, layer_dims=(32, 48, 64, 96)),
         ),
     ),
 }

@@ -104,9 +104,9 @@ def head_dtype(like: Tensor, mixed: bool) -> torch.dtype:
         like: tokens that the heads will read, or images.
         mixed: whether the model runs under autocast.
     """
-    chosen = _CHOSEN.get()
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return torch.float32
+    chosen = _CHOSEN.get()
     if chosen is not None:
         return chosen
     # Where upstream computes in TF32: under autocast, unless the user has forbidden TF32 to convolutions.

@@ -6,6 +6,7 @@ Every function takes `where`, the name of the value in error messages, such as `
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -166,13 +167,21 @@ def _channels_first(image: Tensor, where: str, expected: str) -> Tensor:
 
 def normalise_image(image: Tensor, norm_type: str) -> Tensor:
     """Take out mean and standard deviation of `norm_type`: [B, 3, H, W] 0..1 -> normalised."""
-    mean, std = (image.new_tensor(values)[:, None, None] for values in IMAGE_NORMALISATIONS[norm_type])
+    mean, std = (_channels(image, values) for values in IMAGE_NORMALISATIONS[norm_type])
     return (image - mean) / std
+
+
+def _channels(image: Tensor, values: Sequence[float]) -> Tensor:
+    """[3, 1, 1] on the image's device.
+
+    Filled there: numbers that come from the host would make it wait, and a CUDA graph cannot capture their way.
+    """
+    return torch.cat([image.new_full((1, 1, 1), value) for value in values])
 
 
 def denormalise_image(image: Tensor, norm_type: str) -> Tensor:
     """Undo `normalise_image` and move channels last: [B, 3, H, W] -> [B, H, W, 3] within 0..1."""
-    mean, std = (image.new_tensor(values)[:, None, None] for values in IMAGE_NORMALISATIONS[norm_type])
+    mean, std = (_channels(image, values) for values in IMAGE_NORMALISATIONS[norm_type])
     return (image * std + mean).clamp(0, 1).permute(0, 2, 3, 1)
 
 

@@ -161,7 +161,8 @@ class ModalityReader:
     def _dense(self, views: list[int], maps: Tensor, mask: Tensor, use: Tensor | bool) -> DenseInput:
         """Maps with zeros where a draw left them out: whatever they hold must not reach a weight's gradient."""
         if isinstance(use, Tensor):
-            used = mask.view(-1, self.batch)[views].flatten()
+            rows = mask.split(self.batch)
+            used = mask if len(views) == len(self.views) else torch.cat([rows[view] for view in views])
             maps = maps.masked_fill(~used[:, None, None, None], 0.0)
         return DenseInput(views, maps, mask)
 
