@@ -305,8 +305,9 @@ PRESETS: dict[str, Any4DConfig] = {
         tokenizers=TokenizerConfig(dense_dims=(32, 48, 64), global_dims=(32, 64, 128)),
         scene=SceneConfig(
             num_resconv_block=1,
-            geometry_head=DenseHeadConfig(output_dim=6, feature_dim=48, layer_dims=(32, 48, 64, 96)),
-            flow_head=DenseHeadConfig(output_dim=3, feature_dim=48, layer_dims=(32, 48, 64, 96)),
+            # Half of 32 features is the least that the heads' kernels take.
+            geometry_head=DenseHeadConfig(output_dim=6, feature_dim=32, layer_dims=(32, 48, 64, 96)),
+            flow_head=DenseHeadConfig(output_dim=3, feature_dim=32, layer_dims=(32, 48, 64, 96)),
         ),
     ),
 }

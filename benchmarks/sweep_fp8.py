@@ -29,11 +29,11 @@ from benchmarks.harness import FULL, relative_error
 from benchmarks.timing import time_ms
 from tests.golden_cases import golden_weights
 
-QKV, MLP, ATTENTION = Layers(mlp=False), Layers(qkv=False), Layers(False, False)
+QKV, MLP = Layers(mlp=False), Layers(qkv=False)
 ALL, NONE = Layers(), Layers(False, False, False)
 CHOICES = {  # encoder, transformer
-    "attention of the transformer": (NONE, ATTENTION),
     "default": (packing_fp8.ENCODER, packing_fp8.TRANSFORMER),
+    "- | mlp": (NONE, MLP),
     "- | qkv mlp": (NONE, ALL),
     "qkv | qkv": (QKV, QKV),
     "mlp | mlp": (MLP, MLP),

@@ -24,6 +24,12 @@ NAMES = ("pts3d", "ray_directions", "depth_along_ray", "cam_trans", "cam_quats",
 FACTOR = 5.0
 
 
+@pytest.fixture(autouse=True)
+def every_segment_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention in 8 bits at the sizes of a test."""
+    monkeypatch.setattr(packing_fp8, "LONG", 1)
+
+
 @pytest.fixture(scope="module")
 def model() -> Any4D:
     model = Any4D.from_preset("any4d")
@@ -60,7 +66,6 @@ def test_errors_are_within_five_times_those_of_bfloat16(model: Any4D, count: int
 def test_kernels_compute_what_the_emulation_does(model: Any4D, layers: Layers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing_fp8, "ENCODER", layers)
     monkeypatch.setattr(packing_fp8, "TRANSFORMER", layers)
-    monkeypatch.setattr(packing_fp8, "LONG", 1)
     views = views_of(2, 1)
     exact = call(model, views, "exact")
     found = call(model, views, "fp8")

@@ -46,7 +46,7 @@ class Layers(NamedTuple):
     attention: bool = True
 
 
-ENCODER, TRANSFORMER = Layers(qkv=False, mlp=False, attention=False), Layers(qkv=False)
+ENCODER, TRANSFORMER = Layers(qkv=False, mlp=False, attention=False), Layers(qkv=False, mlp=False)
 """What `precision="fp8"` takes: what keeps errors within five times those of bfloat16 (kernels/notes/linear_fp8.md)."""
 
 LONG = 4096
