@@ -113,7 +113,7 @@ def test_metadata(metadata: Message) -> None:
     requirements = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert any(line.startswith("torch") for line in requirements)
     assert all("<" in line and ">=" in line for line in requirements), "every requirement is bounded on both sides"
-    assert set(metadata.get_all("Provides-Extra", [])) == {"dev", "nvcc", "viz"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {"dev", "nvcc", "train", "viz"}
 
 
 def test_wheel_installs_and_imports_without_torch(wheel: Path, tmp_path: Path) -> None:
