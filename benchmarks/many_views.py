@@ -1,7 +1,7 @@
 """One call at a thousand views, as a user makes it: `python -m benchmarks.many_views [views]`.
 
-Images come from host memory and finished outputs go back there (`infer(..., outputs_to="cpu")`); the time is the host's,
-from the call until everything is back, of one call after another one of few views that compiled the kernels. Memory is
+Images come from host memory and finished outputs go back there (`infer(..., outputs_to="cpu")`); the time is the host's
+clock from the call until everything is back, after a call of few views that compiled the kernels. Memory is
 the most that the GPU held.
 """
 
