@@ -16,6 +16,23 @@ from .swap import Swap, owner, qualified, unhooked
 _TIMM_LAYER_NORM = "timm.layers.norm.LayerNorm"
 
 
+LAUNCH_BOUND = 16_384
+"""Rows of tokens below which Python takes longer to launch our kernels than the GPU to run them.
+
+On an H200 UniCeption's transformer took 7.4 ms as it was and 15.6 with ours at 7,104 patches, 78.9 and 55.1 at 36,408.
+"""
+
+
+def launch_bound(x: Tensor) -> bool:
+    """Whether a transformer module had better run as it was, because launches would take the time.
+
+    In a CUDA graph and in a compiled function they take none.
+    """
+    if not x.is_cuda or x.numel() >= LAUNCH_BOUND * x.shape[-1]:
+        return False
+    return not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing()
+
+
 def plain(*tensors: Tensor | None) -> bool:
     """Whether these are tensors that a kernel can read: no DTensor, quantised or fake one."""
     return all(t is None or type(t) in (nn.Parameter, Tensor) for t in tensors)

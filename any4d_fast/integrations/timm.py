@@ -33,7 +33,7 @@ class Attention(FusedAttention):
 
     def forward(self, x: Tensor, *masks: Any, **named_masks: Any) -> Tensor:
         masked = any(mask is not None and mask is not False for mask in (*masks, *named_masks.values()))
-        if masked or self.weights_wanted() or self._part("norm") is not None:
+        if masked or self.declined(x) or self._part("norm") is not None:
             found: Tensor = super().forward(x, *masks, **named_masks)
             return found
         return self.attend(x)

@@ -1,8 +1,9 @@
 """Transformer parts that the families share: block, attention, MLP and LayerNorm on `any4d_fast.ops`.
 
 Each part computes from its module's own parameters and calls its submodules where it can, so that hooks, adapters and
-dropout in them go on working. What a call asks for that the kernels have not (a mask, attention dropout), or what was
-changed since (a hook on a module that would be passed over, a layer that became another one), runs as it always did.
+dropout in them go on working. What a call asks for that the kernels have not (a mask, attention dropout), what was
+changed since (a hook on a module that would be passed over, a layer that became another one), and what has so few
+tokens that launches take the time (`checks.launch_bound`), runs as it always did.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops import Segments, attention_scale
-from .checks import matmul_dtype, norm_dtype, plain, plain_linear, plain_norm
+from .checks import launch_bound, matmul_dtype, norm_dtype, plain, plain_linear, plain_norm
 from .swap import Swap, unhooked
 
 
@@ -27,7 +28,7 @@ class FusedLayerNorm(Swap):
     eps: float
 
     def forward(self, x: Tensor) -> Tensor:
-        if not plain(self.weight, self.bias) or not x.is_floating_point():
+        if not plain(self.weight, self.bias) or not x.is_floating_point() or launch_bound(x):
             found: Tensor = super().forward(x)
             return found
         return ops.layer_norm(x, self.weight, self.bias, self.eps, out_dtype=norm_dtype(x))
@@ -40,7 +41,7 @@ class FusedMlp(Swap):
     act: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        if not plain_linear(self.fc1) or not unhooked(self.act):
+        if not plain_linear(self.fc1) or not unhooked(self.act) or launch_bound(x):
             found: Tensor = super().forward(x)
             return found
         dtype = matmul_dtype(x)
@@ -62,8 +63,10 @@ class FusedAttention(Swap):
     num_heads: int
     attn_drop: nn.Dropout | float
 
-    def weights_wanted(self) -> bool:
-        """Whether attention weights are dropped or looked at in this call: the kernels have none."""
+    def declined(self, x: Tensor) -> bool:
+        """Whether a call is the module's own: attention weights are dropped or looked at, or it is launch-bound."""
+        if launch_bound(x):
+            return True
         drop = self.attn_drop
         if isinstance(drop, nn.Module) and not unhooked(drop):
             return True
@@ -117,7 +120,7 @@ class FusedBlock(Swap):
 
     def fits(self, x: Any) -> bool:
         """Whether this call is one for `run`."""
-        if not isinstance(x, Tensor) or x.ndim != 3 or not x.is_floating_point():
+        if not isinstance(x, Tensor) or x.ndim != 3 or not x.is_floating_point() or launch_bound(x):
             return False
         scales = [m for m in (self._part("ls1"), self._part("ls2")) if m is not None]
         passed = [*scales, *(m for m in self.paths() if m is not None)]

@@ -43,7 +43,7 @@ class Attention(FusedAttention):
 
     def forward(self, x: Tensor, xpos: Any = None) -> Tensor:
         encode = self.custom_positional_encoding
-        if self.weights_wanted() or (encode is not None and xpos is None):
+        if self.declined(x) or (encode is not None and xpos is None):
             found: Tensor = super().forward(x, xpos)
             return found
         scaling = {

@@ -21,7 +21,7 @@ class Attention(FusedAttention):
     rope: nn.Module | None
 
     def forward(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
-        if self.weights_wanted():
+        if self.declined(x):
             found: Tensor = super().forward(x, pos)
             return found
         rope = self.rope

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from any4d_fast import Any4D, accelerate, deaccelerate
-from any4d_fast.integrations import Kept, Report, Swapped
+from any4d_fast.integrations import Kept, Report, Swapped, checks
 from any4d_fast.testing import relative_error
 from tests.accelerate_cases import TINY, lively, pair, parameters
 from tests.model_twins import TimmBlock, TimmTransformer, VggtAggregator, VggtHead, stands_in_for
@@ -376,3 +376,15 @@ def test_dense_heads_that_do_not_fit() -> None:
 def test_odd_grids_of_a_dense_head() -> None:
     found = pair("uniception dense head", type(TINY)(grid=(3, 5)))
     found.check_float32()
+
+
+@pytest.mark.parametrize(
+    ("rows", "cuda", "capturing", "bound"),
+    [(100, True, False, True), (16_384, True, False, False), (100, False, False, False), (100, True, True, False)],
+)
+def test_few_tokens_on_a_gpu_are_left_to_the_module(
+    rows: int, cuda: bool, capturing: bool, bound: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.Tensor, "is_cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    assert checks.launch_bound(torch.empty(2, rows // 2, 8)) is bound

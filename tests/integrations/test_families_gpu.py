@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import pytest
 
+from any4d_fast.integrations import checks
 from tests.accelerate_cases import REAL, no_tf32, pair, parameters
 from tests.kernels_common import gpu_only
 
 pytestmark = gpu_only
+
+
+@pytest.fixture(autouse=True)
+def kernels_at_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some of the sizes are those at which the modules would decline."""
+    monkeypatch.setattr(checks, "LAUNCH_BOUND", 0)
 
 
 @pytest.mark.parametrize("name", parameters())
