@@ -88,7 +88,7 @@ setup(
     include_package_data=False,  # what MANIFEST.in lists is for source distributions
     package_dir={ROOT: ROOT, KERNELS: "kernels", SOURCES: "csrc"},
     package_data={
-        ROOT: ["py.typed", "**/*.json", "**/*.toml", "**/*.safetensors"],
+        ROOT: ["py.typed", "**/*.json", "**/*.toml", "**/*.safetensors", "weights/*.md"],
         SOURCES: ["*.cu", "*.cuh", "*.h", "*.cpp"],
     },
     ext_modules=extensions(),

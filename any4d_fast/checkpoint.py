@@ -10,11 +10,12 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .config import Any4DConfig, preset
+from .config import PRESETS, Any4DConfig, preset
 from .config_upstream import from_upstream, to_upstream
 from .io.atomic import atomic_path
 
@@ -22,6 +23,11 @@ logger = logging.getLogger("any4d_fast")
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt")
 CONFIG_KEY = "any4d_fast.config"
+STEPS_KEY = "any4d_fast.steps"
+"""How many steps the weights were trained for, in the header of what the trainer exports."""
+
+PACKAGED = Path(__file__).parent / "weights"
+"""Trained weights that come with the package: `<preset>.safetensors`."""
 
 
 class CheckpointError(ValueError):
@@ -49,7 +55,7 @@ class Mismatch:
 
 
 def find_checkpoint(source: str | os.PathLike[str]) -> Path:
-    """The weights file of a path, a folder or a Hugging Face repository.
+    """The weights file of a path, a folder, a preset whose weights are in the package, or a Hugging Face repository.
 
     Raises:
         CheckpointError: when there is none, or the repository cannot be reached.
@@ -64,10 +70,43 @@ def find_checkpoint(source: str | os.PathLike[str]) -> Path:
             raise CheckpointError(f"{path}: expected one file of {', '.join(SUFFIXES)} in the folder, found {names}")
         return found[0]
     name = os.fspath(source)
+    packaged = packaged_weights(name)
+    if packaged is not None:
+        return packaged
     looks_like_path = path.suffix in SUFFIXES or name.count("/") != 1 or name.startswith((".", "/", "~"))
     if looks_like_path:
         raise CheckpointError(f"{name}: no such file; give a {' or '.join(SUFFIXES)} file or a Hugging Face id")
     return _download(name)
+
+
+def packaged_weights(name: str) -> Path | None:
+    """The trained weights of a preset that come with the package; None where there are none.
+
+    Raises:
+        CheckpointError: they cannot be read, or are of another configuration than the preset's: never half-loaded.
+    """
+    path = PACKAGED / f"{name}.safetensors"
+    if name not in PRESETS or not path.is_file():
+        return None
+    changed = _changed(dataclasses.asdict(stored_config(path)), dataclasses.asdict(preset(name)))
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise CheckpointError(
+            f"{path}: these weights are of another configuration than the preset {name!r}: {', '.join(changed[:3])}"
+            f"{more}; train them again, or remove the file to start from random weights"
+        )
+    return path
+
+
+def _changed(stored: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Options, with dots, whose values differ between two configurations as dictionaries."""
+    found: list[str] = []
+    for name, value in now.items():
+        if isinstance(value, Mapping):
+            found += _changed(stored[name], value, f"{prefix}{name}.")
+        elif stored[name] != value:
+            found.append(f"{prefix}{name} {stored[name]!r} instead of {value!r}")
+    return found
 
 
 def _download(repository: str) -> Path:
@@ -268,13 +307,23 @@ def stored_config(path: Path) -> Any4DConfig:
 
 
 def save_safetensors(
-    tensors: Mapping[str, Tensor], canonical: Mapping[str, str], config: Any4DConfig, path: str | os.PathLike[str]
+    tensors: Mapping[str, Tensor],
+    canonical: Mapping[str, str],
+    config: Any4DConfig,
+    path: str | os.PathLike[str],
+    *,
+    steps: int | None = None,
 ) -> None:
-    """Write each parameter once, under its canonical key, with the configuration in the header; atomically."""
+    """Write each parameter once, under its canonical key, with the configuration in the header; atomically.
+
+    `steps`: how many the weights were trained for, for the header.
+    """
     from safetensors.torch import save_file
 
     once = {k: v.detach().contiguous().cpu() for k, v in tensors.items() if canonical.get(k, k) == k}
     metadata = {CONFIG_KEY: json.dumps(to_upstream(_without_sources(config))), "format": "pt"}
+    if steps is not None:
+        metadata[STEPS_KEY] = str(steps)
     with atomic_path(path) as temporary:
         save_file(once, temporary, metadata=metadata)
 

@@ -29,12 +29,13 @@ app = typer.Typer(
 )
 console = Console(stderr=True)
 
+SYNTHETIC = "[yellow]The packaged weights of tiny know synthetic rooms alone. Give --checkpoint for real videos."
 UNTRAINED = "[yellow]The weights are random (seeded): the geometry means nothing. Give --checkpoint for real results."
 
 Checkpoint = Annotated[
     str | None, typer.Option("--checkpoint", help="Weights: .pth, .safetensors or a Hugging Face id.")
 ]
-Preset = Annotated[str | None, typer.Option(help="Architecture: any4d, any4d-base or tiny.")]
+Preset = Annotated[str | None, typer.Option(help="Architecture: any4d, any4d-base or tiny (trained).")]
 Device = Annotated[str | None, typer.Option(help="cuda, cuda:1 or cpu; by default a GPU where there is one.")]
 
 
@@ -150,6 +151,8 @@ def reconstruct(
         for path in output:
             save(result.reconstruction, path)
         _report(result, output, {})
+        if trained and checkpoint is None:
+            console.print(SYNTHETIC)
 
 
 @app.command()
@@ -157,11 +160,14 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write into.")] = Path("demo_out"),
     checkpoint: Checkpoint = None,
     preset: Preset = None,
-    frames: Annotated[int, typer.Option(help="Frames of the synthetic clip.", min=1)] = 8,
+    frames: Annotated[int, typer.Option(help="Frames of the synthetic clip.", min=1)] = 4,
     seed: Annotated[int, typer.Option(help="Seed of the synthetic scene.")] = 0,
     device: Device = None,
 ) -> None:
-    """Reconstruct a synthetic clip, write every output format, and print the error against ground truth."""
+    """Reconstruct a synthetic clip, write every output format, and print the error against ground truth.
+
+    Without --checkpoint and --preset: with the trained weights of tiny that come with the package.
+    """
     with _plain_errors():
         from .demo import run_demo
         from .pipeline import load_model

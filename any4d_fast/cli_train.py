@@ -32,7 +32,9 @@ def train(
 
 
 def evaluate(
-    checkpoint: Annotated[str | None, typer.Option(help="Weights: .pth, .safetensors or a Hugging Face id.")] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Weights: .pth, .safetensors or a Hugging Face id; the package's by default.")
+    ] = None,
     preset: Annotated[str | None, typer.Option(help="Architecture; tiny without a checkpoint.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The CSV to write.")] = Path("heldout.csv"),
     config: Annotated[str, typer.Option(help="Training configuration whose stream the clips are of.")] = "tiny",

@@ -142,6 +142,8 @@ class Any4D(nn.Module):
     def from_preset(cls, name: str) -> Any4D:
         """A model with random weights: "any4d" (the released architecture), "any4d-base" or "tiny".
 
+        Trained weights of "tiny" come with the package: `from_pretrained("tiny")`.
+
         Raises:
             ConfigError: for an unknown name.
         """
@@ -161,7 +163,8 @@ class Any4D(nn.Module):
 
         Args:
             source: `.pth` as upstream saves it ({"model": state dict}; read with `weights_only=True`),
-                `.safetensors`, a folder that holds one, or a Hugging Face id.
+                `.safetensors`, a folder that holds one, or a Hugging Face id. "tiny", where no file or folder has that
+                name: the trained weights that come with the package (synthetic rooms only).
             config: configuration or preset; that stored with the weights, else "any4d", by default.
             strict: False loads what fits and logs every key that does not.
             device: where to put the model.

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .checkpoint import packaged_weights
 from .geometry import resize_intrinsics
 from .inference import infer
 from .io.frames import Frames, load_frames
@@ -54,20 +55,29 @@ def load_model(
 ) -> tuple[Any4D, bool]:
     """A model in evaluation mode, and whether its weights are trained.
 
+    Args:
+        checkpoint: weights, as `Any4D.from_pretrained` takes them.
+        preset: architecture; with a checkpoint it overrides what is stored beside the weights. Without one the weights
+            are those in the package (of "tiny"), or random and seeded where it has none.
+        device: as for `pick_device`.
+
     Raises:
         ValueError: neither a checkpoint nor a preset is given.
         CheckpointError, ConfigError: they cannot be used.
     """
     if checkpoint is None and preset is None:
         raise ValueError(
-            "checkpoint: give Any4D weights (a .pth or .safetensors file or a Hugging Face id), or a preset such as "
-            "'tiny', whose weights are random"
+            "checkpoint: give Any4D weights (a .pth or .safetensors file or a Hugging Face id), or a preset: 'tiny' "
+            "was trained on synthetic rooms, the weights of others are random"
         )
     target = pick_device(device)
     if checkpoint is not None:
         return Any4D.from_pretrained(checkpoint, config=preset, device=target), True
     assert preset is not None
+    packaged = packaged_weights(preset)
     with torch.random.fork_rng(devices=[]):
+        if packaged is not None:
+            return Any4D.from_pretrained(packaged, device=target), True
         torch.manual_seed(SEED)
         model = Any4D.from_preset(preset)
     return model.to(target).eval(), False
@@ -95,7 +105,7 @@ def reconstruct(
         inputs: one video, one folder, or image files in order.
         checkpoint: weights: a file or a Hugging Face id.
         preset: architecture; with a checkpoint it overrides what is stored beside the weights, without one the
-            weights are random (seeded).
+            weights are the package's ("tiny": synthetic rooms only) or random (seeded).
         model: a loaded model, instead of `checkpoint` and `preset`.
         frames: at most so many frames; all by default.
         stride: every how-many-th frame.

@@ -303,6 +303,7 @@ def case(name: str, sizes: Sizes, views: int, direction: str) -> Case:
         bytes=4.0 * elements,  # nothing can be faster than reading the input
         matmul_dtype=torch.bfloat16 if family.autocast else torch.float32,
         views=views,
+        suite="accelerate",
         compare=lambda found: [found] if isinstance(found, Tensor) else list(found),
         budgets=budgets,
         peer_slack=2.0,  # a compiler rounds at other places again; its error stands beside its time

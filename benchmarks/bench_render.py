@@ -70,7 +70,7 @@ def cases(sizes: Sizes = FULL) -> list[Case]:
     clips, config = batch_of(sizes)
     height, width = size = config.sizes[0]
     views = config.num_views
-    name = f"{clips}x{views}x{width}x{height}"
+    name = f"{clips} clips of {width}x{height}"
     pixels = clips * views * height * width
 
     def case(shadows: bool) -> Case:

@@ -271,7 +271,7 @@ class Session:
         # Without a GPU plain PyTorch would not round to TF32, and a kernel's rounding would look like an error.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.cuda.is_available()
         # A peer's convolution gets cuDNN's best algorithm; a model runs as PyTorch does by default.
-        torch.backends.cudnn.benchmark = case.suite == "op"
+        torch.backends.cudnn.benchmark = case.suite != "model"
 
     @functools.cached_property
     def inputs(self) -> Any:
@@ -322,9 +322,9 @@ class Session:
         """Memory that stays reserved between the runs of a model, beside the tensors of this session.
 
         A captured graph's pool is no allocation while the graph is replayed, and would be missing in the peak. Ops
-        capture nothing, and workspaces of libraries are none of theirs.
+        and modules capture nothing, and workspaces of libraries are none of theirs.
         """
-        if self.case.suite == "op":
+        if self.case.suite != "model":
             return 0.0
         session = self._gate or self
         if session.case.oracle is not None:
@@ -366,7 +366,7 @@ class Session:
         held = max(self._reserved_gb() - reserved, 0.0)
         function, peak = peak_gb(make)
         first.peak_gb = short(peak + held + case.resident_gb(self.inputs, name))
-        first.ms, first.ms_p20, first.ms_p80 = (short(t) for t in time_ms(function, case.suite == "op"))
+        first.ms, first.ms_p20, first.ms_p80 = (short(t) for t in time_ms(function, case.suite != "model"))
         _rate(first, case)
         return rows, function
 

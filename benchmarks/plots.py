@@ -1,6 +1,7 @@
 """Charts and README's tables from the recorded results: `python benchmarks/plots.py` (`make plots`).
 
-Every CSV in `benchmarks/results/` gives a section with tables between README's markers and three charts beside the CSV.
+Every CSV in `benchmarks/results/` gives a section with tables between README's markers and three charts beside the CSV;
+those in `benchmarks/results/train/` are of training, and give the last section.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # `python benchmarks/plots.py` finds only the script's own folder
 
-from benchmarks import tables  # noqa: E402
+from benchmarks import tables, train_tables  # noqa: E402
 from benchmarks.results import Row, read, results_folder  # noqa: E402
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def _label(row: Row) -> str:
     return f"{row.provider}{backend}" + ("" if row.precision == "exact" else f" {row.precision}")
 
 
-def _legend(axes: Axes) -> None:
+def _legend(axes: Axes, columns: int = 8) -> None:
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     if unique:
@@ -61,7 +62,7 @@ def _legend(axes: Axes) -> None:
             list(unique),
             loc="lower left",
             bbox_to_anchor=(0, 1),
-            ncols=len(unique),
+            ncols=min(columns, len(unique)),
             fontsize=7,
             frameon=False,
             columnspacing=1.2,
@@ -134,22 +135,33 @@ def draw_roofline(rows: list[Row], path: Path) -> None:
     _save(figure, path)
 
 
+def charted(rows: list[Row]) -> list[Row]:
+    """The model's forward passes on images alone, ours as users choose; the tables have the rest."""
+    return [
+        row
+        for row in tables.model_rows(rows)
+        if row.direction == "fwd" and tables.is_plain(row)
+        if row.provider != tables.OURS or row.backend in tables.FIRST_BACKENDS
+    ]
+
+
 def draw_model(rows: list[Row], path: Path) -> None:
     """Time and memory of the whole model over the number of views."""
     pyplot = _pyplot()
-    figure, both = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    inference = [row for row in tables.model_rows(rows) if row.direction == "fwd"]
+    figure, both = pyplot.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
+    inference = charted(rows)
     counts = sorted({int(row.views) for row in inference})
     for axes, column, name in zip(both, ("ms", "peak_gb"), ("ms", "GB, weights and inputs included"), strict=True):
         for _, group in tables.grouped(inference, "provider", "backend", "precision"):
             points = [(int(r.views), r.number(column)) for r in group if r.number(column) is not None]
             first = group[0]
-            axes.plot(*zip(*points, strict=True), marker="o", color=_colour(first), label=_label(first))
+            style = "--" if first.precision != "exact" else "-" if first.backend in ("", "auto") else ":"
+            axes.plot(*zip(*points, strict=True), style, marker="o", color=_colour(first), label=_label(first))
         axes.set(xscale="log", yscale="log", xlabel="views", ylabel=name)
         axes.set_xticks(counts, [str(count) for count in counts])
         axes.minorticks_off()
         axes.spines[["top", "right"]].set_visible(False)
-        _legend(axes)
+        _legend(axes, columns=3)
     figure.supxlabel(f"{inference[0].size} on {inference[0].gpu}", fontsize=8)
     _save(figure, path)
 
@@ -165,7 +177,7 @@ def draw(csv: Path) -> tuple[list[Row], list[Path]]:
     rows = read(csv)
     charts: list[Path] = []
     wanted = [("ops", draw_ops, tables.op_rows(rows)), ("roofline", draw_roofline, tables.op_rows(rows))]
-    wanted.append(("model", draw_model, [r for r in tables.model_rows(rows) if r.direction == "fwd"]))
+    wanted.append(("model", draw_model, charted(rows)))
     for name, function, needed in wanted:
         if needed:
             charts.append(csv.with_name(f"{csv.stem}-{name}.png"))
@@ -181,8 +193,9 @@ def main(arguments: list[str] | None = None) -> int:
     for csv in sorted(results_folder().glob("*.csv")):
         rows, charts = draw(csv)
         if rows:
-            sections.append(tables.section(rows, charts, options.readme))
+            sections.append(tables.section(rows, charts, options.readme, train_tables.parts(rows)))
             print(*charts, sep="\n")
+    sections += train_tables.training(results_folder() / "train", options.readme)
     text = options.readme.read_text()
     try:
         changed = tables.rewrite(text, "\n\n".join(sections) or tables.NOTHING)

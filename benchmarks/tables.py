@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from .results import Row
@@ -11,8 +13,12 @@ from .results import Row
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 OURS = "any4d_fast"
 VENDORS = ("cudnn", "flash2", "flash_attn", "flash4", "cublas")
+SIXTEEN_BITS = "16 bit"  # ends the backend of our 16-bit kernel where an 8-bit operator is compared with it
 CEILINGS = ("copy", "matmul")
+FIRST_BACKENDS = ("auto", "packed")  # what a user chooses from comes first
 NOTHING = "No measurement is recorded yet: `make bench`, then `make plots`."
+
+_FP8 = re.compile(r"[ _]fp8(?=$|[ .])")
 
 Group = tuple[tuple[str, ...], list[Row]]
 
@@ -31,10 +37,28 @@ def op_rows(rows: Iterable[Row]) -> list[Row]:
     return sorted(chosen, key=lambda row: row.case)
 
 
+def _in_eight_bits(row: Row) -> Row:
+    """The row with 8 bits in its precision alone, so that it stands beside the exact rows of the same size."""
+    case, size = (_FP8.sub("", text) for text in (row.case, row.size))
+    if (case, size) == (row.case, row.size):
+        return row
+    return replace(row, case=case, size=size, precision="fp8" if row.provider == OURS else row.precision)
+
+
 def model_rows(rows: Iterable[Row]) -> list[Row]:
     """Timed rows of the whole model, by direction and number of views."""
-    chosen = [row for row in rows if row.suite == "model" and row.ms != ""]
+    chosen = [_in_eight_bits(row) for row in rows if row.suite == "model" and row.ms != ""]
     return sorted(chosen, key=lambda row: (row.direction, int(row.views)))
+
+
+def is_plain(row: Row) -> bool:
+    """Whether the model was given images alone, on the GPU: its size says nothing but the size."""
+    return " " not in row.size
+
+
+def is_ours(row: Row) -> bool:
+    """Whether it ran our kernels in the precision that the case is about, not what they are compared with."""
+    return row.provider == OURS and row.backend not in VENDORS and not row.backend.endswith(SIXTEEN_BITS)
 
 
 def ceiling(rows: Iterable[Row], case: str, column: str) -> float | None:
@@ -56,7 +80,7 @@ def by(rows: Iterable[Row], *providers: str) -> Row | None:
 
 def peers(rows: Iterable[Row]) -> Row | None:
     """The fastest row that is not ours."""
-    return fastest(row for row in rows if row.provider != OURS)
+    return fastest(row for row in rows if not is_ours(row))
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -82,14 +106,23 @@ def _rate(row: Row, matmul: float | None, copy: float | None) -> str:
     return "-" if tbps is None else f"{number(tbps)} TB/s"
 
 
-def _cell(row: Row | None, column: str = "ms") -> str:
+def cell(row: Row | None, column: str = "ms") -> str:
     return "-" if row is None else number(row.number(column))
 
 
-def _gain(ours: Row | None, peer: Row | None) -> str:
+def gain(ours: Row | None, peer: Row | None) -> str:
     """How many times faster ours is."""
     mine, theirs = ours and ours.number("ms"), peer and peer.number("ms")
     return f"{number(theirs / mine)}x" if mine and theirs else "-"
+
+
+def vendor_name(row: Row) -> str:
+    """Whose kernel a row timed beside PyTorch's own and ours; empty for those. Ours in 16 bits counts beside 8."""
+    if row.provider in VENDORS:
+        return row.provider
+    if row.provider != OURS or is_ours(row):
+        return ""
+    return "ours in 16 bits" if row.backend.endswith(SIXTEEN_BITS) else row.backend
 
 
 def op_table(rows: list[Row]) -> str:
@@ -97,19 +130,20 @@ def op_table(rows: list[Row]) -> str:
     matmul, copy = ceiling(rows, "matmul", "tflops"), ceiling(rows, "copy", "tbps")
     lines = []
     for (case, direction, size, views), group in grouped(op_rows(rows), "case", "direction", "size", "views"):
-        ours, eager, vendor, peer = by(group, OURS), by(group, "eager"), by(group, *VENDORS), peers(group)
+        ours, eager, peer = fastest(filter(is_ours, group)), by(group, "eager"), peers(group)
+        vendor = fastest(row for row in group if vendor_name(row))
         lines.append(
             [
                 f"`{case}` {direction}",
                 f"{size}, {views} views",
-                _cell(eager),
-                _cell(by(group, "compile")),
-                f"{_cell(vendor)} ({vendor.provider})" if vendor else "-",
-                f"**{_cell(ours)}**",
+                cell(eager),
+                cell(by(group, "compile")),
+                f"{cell(vendor)} ({vendor_name(vendor)})" if vendor else "-",
+                f"**{cell(ours)}**",
                 _rate(ours, matmul, copy) if ours else "-",
                 f"{number(ours.number('percent_of_ceiling'), 2)} %" if ours else "-",
-                _gain(ours, peer),
-                f"{_cell(ours, 'peak_gb')} / {_cell(eager, 'peak_gb')}",
+                gain(ours, peer),
+                f"{cell(ours, 'peak_gb')} / {cell(eager, 'peak_gb')}",
             ]
         )
     header = [
@@ -120,44 +154,67 @@ def op_table(rows: list[Row]) -> str:
 
 
 def model_table(rows: list[Row]) -> str:
-    """One line a number of views: milliseconds and memory by provider."""
+    """One line a call: milliseconds and memory by provider. What is compared is ours as it chooses by itself."""
     timed = model_rows(rows)
     providers = [name for name in ("eager", "compile", "upstream") if any(r.provider == name for r in timed)]
-    own = sorted({(row.precision, row.backend) for row in timed if row.provider == OURS})
+    own = sorted({(row.precision, row.backend) for row in timed if row.provider == OURS}, key=_order)
     lines = []
     for (direction, views, size), group in grouped(timed, "direction", "views", "size"):
-        others = [by(group, name) for name in providers]
         own_rows = [row for row in group if row.provider == OURS]
         ours = [fastest(row for row in own_rows if (row.precision, row.backend) == key) for key in own]
-        best = fastest(row for row in own_rows if row.precision == "exact")
-        cells = [f"{_cell(row)} / {_cell(row, 'peak_gb')}" if row else "-" for row in (*others, *ours)]
-        gain = _gain(best, peers(group))
+        exact = [row for row in own_rows if row.precision == "exact"]
+        best = fastest(row for row in exact if row.backend == "auto") or fastest(exact)
+        cells = [
+            f"{cell(row)} / {cell(row, 'peak_gb')}" if row else "-"
+            for row in (*(by(group, name) for name in providers), *ours)
+        ]
         share = f"{number(best.number('percent_of_ceiling'), 2)} %" if best and best.percent_of_ceiling != "" else "-"
-        lines.append([f"{views} views, {size}, {direction}", *cells, share, gain])
+        pixels, _, what = size.partition(" ")
+        call = ", ".join(filter(None, (f"{int(views):,} views", pixels, what, direction)))
+        lines.append([call, *cells, share, gain(best, peers(group))])
     names = [f"any4d_fast {precision} ({backend})" for precision, backend in own]
     header = ["call", *(f"{name} ms / GB" for name in (*providers, *names)), "of ceiling", "against the fastest other"]
     return markdown(header, lines)
 
 
-def _error(value: float | None) -> str:
+def _order(key: tuple[str, str]) -> tuple[str, int, str]:
+    precision, backend = key
+    return precision, FIRST_BACKENDS.index(backend) if backend in FIRST_BACKENDS else len(FIRST_BACKENDS), backend
+
+
+def exponential(value: float | None) -> str:
+    """An error: two digits and an exponent."""
     return "-" if value is None else f"{value:.1e}"
+
+
+def _output_rows(rows: Iterable[Row]) -> list[Row]:
+    """Errors of the outputs of a forward pass on images, ours as it chooses by itself."""
+    return [
+        _in_eight_bits(row)
+        for row in rows
+        if row.suite == "model" and "." in row.case and row.error != "" and row.direction == "fwd"
+        if is_plain(_in_eight_bits(row)) and (row.provider != OURS or row.backend in ("auto", ""))
+    ]
+
+
+def accuracy_columns(rows: Iterable[Row]) -> dict[tuple[str, str], str]:
+    """What stands in a cell of the table of errors, in order: (provider, precision) to its name."""
+    names = {(OURS, "exact"): "ours", ("eager", "exact"): "plain bfloat16 autocast"}
+    if any(row.precision == "fp8" for row in _output_rows(rows)):
+        names = {(OURS, "exact"): "ours exact", (OURS, "fp8"): "ours fp8", ("eager", "exact"): names["eager", "exact"]}
+    return names
 
 
 def accuracy_table(rows: list[Row]) -> str:
     """Errors of every output against float32, ours beside plain autocast, by number of views."""
-    outputs = [
-        r
-        for r in rows
-        if r.suite == "model" and "." in r.case and r.error != "" and r.direction == "fwd" and "inputs" not in r.size
-        if r.provider != OURS or r.backend in ("auto", "")
-    ]
+    outputs, columns = _output_rows(rows), accuracy_columns(rows)
     views = sorted({int(row.views) for row in outputs})
     lines = []
     for (case,), group in grouped(outputs, "case"):
         cells = []
         for count in views:
-            by_provider = {row.provider: row.number("error") for row in group if int(row.views) == count}
-            cells.append(" / ".join(_error(by_provider.get(name)) for name in (OURS, "eager")))
+            found = {(r.provider, r.precision): r.number("error") for r in group if int(r.views) == count}
+            cells.append(" / ".join(exponential(found.get(key)) for key in columns))
         lines.append([f"`{case.partition('.')[2]}`", *cells])
     return markdown(["output", *(f"{count} views" for count in views)], lines)
 
@@ -172,22 +229,51 @@ def _where(rows: list[Row]) -> str:
     return "; ".join(parts)
 
 
-def section(rows: list[Row], charts: Sequence[Path], readme: Path) -> str:
-    """What README says about one GPU."""
+def code(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def op_notes(rows: Iterable[Row]) -> list[str]:
+    """What must be known to read some lines of the operators' table."""
+    names = sorted({row.case for row in op_rows(rows) if "fp8" in row.case})
+    if not names:
+        return []
+    halved = sorted({row.case for row in op_rows(rows) if row.precision == "fp8"})
+    text = f"Eager {code(names)}: plain PyTorch that emulates the roundings to 8 bits. Ceilings are those of 16 bits"
+    return [text + (f"; {code(halved)} counts a product in 8 bits as half of one." if halved else ".")]
+
+
+def model_notes(rows: Iterable[Row]) -> str:
+    """What the model's table is of."""
+    found = model_rows(rows)
+    parts = ["The whole model, random weights, batch 1; memory includes weights and inputs"]
+    if any(row.backend == "packed" for row in found):
+        parts.append("packed: float32 weights in host memory")
+    if any("host to host" in row.size for row in found):
+        parts.append("host to host: from images in host memory to outputs there, by the host's clock")
+    return "; ".join(parts) + ":"
+
+
+def section(rows: list[Row], charts: Sequence[Path], readme: Path, more: Sequence[str] = ()) -> str:
+    """What README says about one GPU; `more` stands between the model's tables and the charts."""
     copy, matmul = ceiling(rows, "copy", "tbps"), ceiling(rows, "matmul", "tflops")
     about = f"{_where(rows)}. Ceilings in the same run: copy {number(copy)} TB/s, matmul {number(matmul)} TFLOP/s."
     parts = [about]
     if op_rows(rows):
-        parts.append(op_table(rows))
+        parts += [op_table(rows), *op_notes(rows)]
     if model_rows(rows):
-        parts.append("The whole model, random weights, batch 1; memory includes weights and inputs:")
-        parts.append(model_table(rows))
-        parts.append("Relative error per output against the model in float32, ours / plain bfloat16 autocast:")
+        parts += [model_notes(rows), model_table(rows)]
+    if _output_rows(rows):
+        names = " / ".join(accuracy_columns(rows).values())
+        parts.append(f"Relative error per output against the model in float32, {names}:")
         parts.append(accuracy_table(rows))
-    for chart in charts:
-        path = Path(os.path.relpath(chart, readme.parent)).as_posix()
-        parts.append(f"![{chart.stem}]({path})")
+    parts += [*more, *(picture(chart, readme) for chart in charts)]
     return "\n\n".join(parts)
+
+
+def picture(path: Path, readme: Path) -> str:
+    """A picture in README, by its place relative to it."""
+    return f"![{path.stem}]({Path(os.path.relpath(path, readme.parent)).as_posix()})"
 
 
 def rewrite(text: str, body: str) -> str:

@@ -1,6 +1,6 @@
 """Fused against reference training: `tiny` for 200 steps on the same seed and clips, and how far two references drift.
 
-    python -m benchmarks.train_parity              # writes train_parity.csv and .png into benchmarks/results
+    python -m benchmarks.train_parity              # writes train_parity.csv and .png into benchmarks/results/train
 
 Runs: the fused operators; the eager reference; the reference with every batch's clips in the opposite order, and in a
 third one. Permuting a batch changes nothing but the order in which sums over clips are taken, so the distance between
@@ -98,6 +98,20 @@ def write(curves: dict[str, Curve], folder: Path) -> None:
             writer.writerow([step, *(f"{value:.6g}" for value in row), *context.values()])
 
 
+def read(path: Path) -> dict[str, Curve]:
+    """The curves of a train_parity.csv.
+
+    Raises:
+        ValueError: a run is missing.
+    """
+    with open(path, newline="") as file:
+        lines = list(csv.DictReader(file))
+    missing = [name for name in RUNS if not lines or name not in lines[0]]
+    if missing:
+        raise ValueError(f"{path}: expected a column for each of {', '.join(RUNS)}; {', '.join(missing)} missing")
+    return {name: np.array([float(line[name]) for line in lines]) for name in RUNS}
+
+
 def plot(curves: dict[str, Curve], folder: Path) -> None:
     """train_parity.png: the curves, and below their distances from the reference."""
     import matplotlib
@@ -128,9 +142,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", default="tiny")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--output", type=Path, default=None, help="folder; benchmarks/results by default")
+    parser.add_argument("--output", type=Path, default=None, help="folder; benchmarks/results/train by default")
     options = parser.parse_args(arguments)
-    folder = options.output or results_folder()
+    folder = options.output or results_folder() / "train"
     curves: dict[str, Curve] = {}
     for name, (backend, order) in RUNS.items():
         with tempfile.TemporaryDirectory() as output:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+from any4d_fast import checkpoint
 from any4d_fast.cli import app
+from any4d_fast.demo import FILES
 from any4d_fast.io import load_npz
 
 
@@ -32,8 +35,9 @@ def test_reconstruct_writes_and_reports(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.npz"
     done = invoke("reconstruct", images, "-o", out, "--preset", "tiny", "--device", "cpu", "--reference", "1")
     assert done.exit_code == 0, done.output
-    for word in ("frames", "56 x 42", "transformer", "peak memory", "metric scale", "random"):
+    for word in ("frames", "56 x 42", "transformer", "peak memory", "metric scale", "synthetic rooms alone"):
         assert word in done.output
+    assert "random" not in done.output
     written = load_npz(out)
     assert written.num_views == 3 and written.reference == 1
 
@@ -59,6 +63,31 @@ def test_convert_and_reconstruct_from_the_result(images: Path, tmp_path: Path) -
     )
     assert done.exit_code == 0, done.output
     assert "random" not in done.output
+
+
+def test_random_weights_are_called_random(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "PACKAGED", tmp_path / "nothing")
+    done = invoke("reconstruct", images, "-o", tmp_path / "out.npz", "--preset", "tiny", "--device", "cpu")
+    assert done.exit_code == 0, done.output
+    assert "The weights are random" in done.output and "synthetic" not in done.output
+
+
+def test_demo_takes_the_packaged_weights(tmp_path: Path) -> None:
+    done = invoke("demo", "-o", tmp_path, "--device", "cpu")
+    assert done.exit_code == 0, done.output
+    for word in ("168 x 126", "depth AbsRel", "depth scale", "predicting no motion", "rotation error"):
+        assert word in done.output
+    assert "random" not in done.output
+    assert load_npz(tmp_path / "demo.npz").num_views == 4
+    assert {path.name for path in tmp_path.iterdir()} == set(FILES)
+
+
+def test_evaluate_takes_the_packaged_weights(tmp_path: Path) -> None:
+    done = invoke("evaluate", "-o", tmp_path / "heldout.csv", "--clips", "1", "--device", "cpu")
+    assert done.exit_code == 0, done.output
+    with open(tmp_path / "heldout.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["weights"], row["size"], row["views"]) for row in rows} == {("tiny", "168x126", "4")}
 
 
 def test_info_runs() -> None:

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from email.message import Message
@@ -19,6 +20,7 @@ import pytest
 import any4d_fast
 
 ROOT = Path(__file__).resolve().parents[1]
+WEIGHTS = {"any4d_fast/weights/README.md", "any4d_fast/weights/tiny.safetensors"}
 HEAVY = ("triton", "rerun", "trimesh", "matplotlib", "av", "PIL", "typer", "rich", "huggingface_hub")
 
 
@@ -53,6 +55,15 @@ def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, source, cwd=folder)
     (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def sdist(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source distribution, built in an isolated environment."""
+    folder = tmp_path_factory.mktemp("sdist")
+    run(sys.executable, "-m", "build", "--sdist", "--outdir", folder, source, cwd=folder)
+    (path,) = folder.glob("*.tar.gz")
     return path
 
 
@@ -104,6 +115,22 @@ def test_wheel_holds_data_and_licenses(wheel: Path) -> None:
         names = archive.namelist()
     assert "any4d_fast/py.typed" in names
     assert {Path(name).name for name in names if "/licenses/" in name} == {"LICENSE", "NOTICE"}
+
+
+def test_wheel_holds_the_weights(source: Path, wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name: archive.read(name) for name in archive.namelist() if name.startswith("any4d_fast/weights/")}
+    assert set(packed) == WEIGHTS
+    assert all(content == (source / name).read_bytes() for name, content in packed.items())
+    assert len(packed["any4d_fast/weights/tiny.safetensors"]) <= 30e6, "the packaged weights are at most 30 MB"
+
+
+def test_sdist_holds_the_weights(source: Path, sdist: Path) -> None:
+    root = sdist.name.removesuffix(".tar.gz")
+    with tarfile.open(sdist) as archive:
+        sizes = {member.name.removeprefix(f"{root}/"): member.size for member in archive if member.isfile()}
+    assert {name for name in sizes if name.startswith("any4d_fast/weights/")} == WEIGHTS
+    assert all(sizes[name] == (source / name).stat().st_size for name in WEIGHTS)
 
 
 def test_metadata(metadata: Message) -> None:

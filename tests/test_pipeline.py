@@ -13,13 +13,15 @@ import torch
 from PIL import Image
 
 import any4d_fast
-from any4d_fast.demo import FILES, measure, run_demo
+from any4d_fast import checkpoint
+from any4d_fast.demo import FILES, HEIGHT, WIDTH, measure, run_demo, trusted
 from any4d_fast.io import MediaError, load_npz
 from any4d_fast.model import Any4D
-from any4d_fast.pipeline import load_model, read_views, run
+from any4d_fast.pipeline import load_model, read_views, run, run_views
 from any4d_fast.reconstruction import Reconstruction
+from any4d_fast.train.config import TrainConfig
 from any4d_fast.train.scene import SceneConfig
-from any4d_fast.train.synthetic import SyntheticClip, make_clip
+from any4d_fast.train.synthetic import SyntheticClip, make_clip, to_views
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +57,16 @@ def test_reconstruct_takes_a_folder_and_returns_everything(folder: Path) -> None
     assert np.isfinite(result.pts3d).all()
 
 
-def test_seeded_presets_agree_and_leave_the_global_generator_alone() -> None:
+@pytest.mark.parametrize("packaged", [True, False])
+def test_presets_agree_and_leave_the_global_generator_alone(
+    packaged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not packaged:
+        monkeypatch.setattr(checkpoint, "PACKAGED", tmp_path)
     state = torch.random.get_rng_state()
     first, trained = load_model(None, "tiny", "cpu")
     second, _ = load_model(None, "tiny", "cpu")
-    assert not trained
+    assert trained == packaged
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
@@ -115,24 +122,68 @@ def test_a_perfect_reconstruction_has_no_error(clip: SyntheticClip) -> None:
     assert errors.flow_epe_of_no_motion > 0.01
 
 
+def test_the_demo_is_what_tiny_was_trained_on() -> None:
+    stream = TrainConfig.load("tiny").data.stream
+    assert (HEIGHT, WIDTH) == stream.sizes[0]
+
+
 def test_the_demo_writes_files_that_other_programs_open(tmp_path: Path, model: Any4D) -> None:
     import plyfile
     import pygltflib
     import rerun.chunk
 
-    result, errors, paths = run_demo(model, tmp_path, frames=2, seed=1, trained=False)
+    result, errors, paths = run_demo(model, tmp_path, frames=2, seed=1, trained=True)
+    valid = sum(int(result.reconstruction.valid(view).sum()) for view in range(2))
     assert [p.name for p in paths] == list(FILES)
     assert load_npz(tmp_path / "demo.npz").num_views == 2
     points = plyfile.PlyData.read(tmp_path / "demo.ply")["vertex"]
-    assert len(points) > 1000 and {"x", "y", "z", "red"} <= set(points.data.dtype.names)
+    assert len(points) == valid and {"x", "y", "z", "red"} <= set(points.data.dtype.names)
     gltf = pygltflib.GLTF2().load(str(tmp_path / "demo.glb"))
     assert gltf.meshes
     recording = rerun.chunk.RrdReader(str(tmp_path / "demo.rrd"))
     assert len(list(recording.recordings())) == 1
     with Image.open(tmp_path / "demo.png") as sheet:
         assert sheet.size[0] > 400 and len(np.unique(np.asarray(sheet.convert("RGB")).reshape(-1, 3), axis=0)) > 500
-    assert errors.depth_abs_rel is not None and errors.depth_abs_rel > 0.05  # random weights know nothing
+    assert all(value is not None and np.isfinite(value) for value in vars(errors).values())
     assert sum(result.times.seconds.values()) > 0 and result.peak_bytes > 0
+
+
+def test_the_demo_masks_as_infer_does_and_measures_every_pixel(tmp_path: Path, model: Any4D) -> None:
+    config = SceneConfig(num_views=2, height=HEIGHT, width=WIDTH)
+    clip = make_clip(1, config)
+    masked, whole = (run_views(model, to_views(clip), apply_mask=apply).reconstruction for apply in (True, False))
+    mask = trusted(whole)
+    assert mask is not None and masked.mask is not None and whole.depth_z is not None
+    np.testing.assert_array_equal(mask, masked.mask)
+    result, errors, _ = run_demo(model, tmp_path, frames=2, seed=1, trained=True)
+    found = result.reconstruction
+    np.testing.assert_array_equal(found.mask if mask.any() else mask, mask)
+    np.testing.assert_array_equal(found.depth_z, whole.depth_z)
+    assert errors == measure(whole, clip)
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.01])
+def test_the_demo_writes_its_files_where_nearly_everything_is_masked(
+    kept: float, tmp_path: Path, model: Any4D, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import plyfile
+
+    mask = np.random.default_rng(0).random((2, HEIGHT, WIDTH)) < kept
+    monkeypatch.setattr("any4d_fast.demo.trusted", lambda reconstruction: mask)
+    result, errors, paths = run_demo(model, tmp_path, frames=2, seed=1, trained=True)
+    assert all(path.stat().st_size > 0 for path in paths)
+    points = plyfile.PlyData.read(tmp_path / "demo.ply")["vertex"]
+    assert len(points) == (mask.sum() or sum(result.reconstruction.valid(view).sum() for view in range(2)))
+    assert len(points) > 0
+    assert errors.depth_abs_rel is not None and np.isfinite(errors.depth_abs_rel)
+
+
+def test_the_demo_shows_all_that_random_weights_give(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Any4D.from_preset("tiny").eval()
+    result, errors, _ = run_demo(model, tmp_path, frames=1, seed=1, trained=False)
+    assert result.reconstruction.mask is None and not result.trained
+    assert errors.depth_abs_rel is not None and errors.depth_abs_rel > 0.05  # they know nothing
 
 
 def test_reading_errors_name_the_file(tmp_path: Path, model: Any4D) -> None:

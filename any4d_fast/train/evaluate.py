@@ -137,7 +137,7 @@ def evaluate_file(
     """Evaluate weights on the held-out clips of a training configuration's stream, and write the table.
 
     Args:
-        checkpoint, preset: as for `pipeline.load_model`; `tiny` by default.
+        checkpoint, preset: as for `pipeline.load_model`; by default `tiny` with the package's weights.
         output: the CSV.
         config: training configuration whose `[data.stream]` the clips are drawn from; its first size is used.
         clips, batch_size, seed: see `held_out_table`.

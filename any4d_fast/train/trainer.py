@@ -374,7 +374,7 @@ class Trainer:
         if self.world.first:
             dtype = torch.float16 if self.config.run.export_dtype == "fp16" else torch.float32
             cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in average.items()}
-            save_safetensors(cast, self.canonical, self.model.config, path)
+            save_safetensors(cast, self.canonical, self.model.config, path, steps=self.step)
             self.bar.say(f"wrote {path}: {path.stat().st_size / 2**20:.1f} MiB")
         self.world.barrier()
         return path
