@@ -39,17 +39,18 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise MediaError(f"{path}: cannot write here ({error.strerror or error})") from error
     try:
         yield temporary
-        _sync(temporary)
+        flush(temporary)
         os.replace(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     with contextlib.suppress(OSError):
         # Some file systems cannot flush a folder; the file itself is complete either way.
-        _sync(target.parent)
+        flush(target.parent)
 
 
-def _sync(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of files, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from ..checkpoint import read_state_dict, save_safetensors
 from ..config import Any4DConfig
+from ..io.atomic import flush
 
 logger = logging.getLogger("any4d_fast.train")
 
@@ -89,11 +90,11 @@ class CheckpointFolder:
         }
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for path in (*partial.iterdir(), partial):
-            _flush(path)
+            flush(path)
         if target.exists():  # damaged, or the run would have gone on from it
             shutil.rmtree(target)
         os.replace(partial, target)
-        _flush(self.folder)
+        flush(self.folder)
         for old in self.steps()[: -self.keep]:
             shutil.rmtree(self.folder / f"step-{old:08d}")
         return target
@@ -163,11 +164,3 @@ def _fingerprint(path: Path) -> dict[str, int]:
             size += len(block)
             checksum = zlib.crc32(block, checksum)
     return {"bytes": size, "crc32": checksum}
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

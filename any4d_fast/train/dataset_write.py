@@ -17,6 +17,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from ..geometry import rays_from_intrinsics
+from ..io.atomic import flush
 from ..io.errors import MediaError
 from ..ops.recover_intrinsics import recover_intrinsics
 from .batch import Batch
@@ -152,7 +153,7 @@ def write_clip(
         _write(temporary, arrays, depth_format)
         read_clip(temporary)
         for path in [*temporary.rglob("*"), temporary]:
-            _sync(path)
+            flush(path)
         _rename(temporary, target)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -184,15 +185,7 @@ def _rename(temporary: Path, target: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     with contextlib.suppress(OSError):
         # Some file systems cannot flush a folder; the clip is complete either way.
-        _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        flush(target.parent)
 
 
 def _array(values: Any) -> Array:

@@ -30,7 +30,7 @@ from tests.clip_folders import (
 @pytest.fixture(autouse=True)
 def no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
     """Flushing to the disk takes most of these tests' time; test_dataset.py does it."""
-    monkeypatch.setattr(dataset_write, "_sync", lambda path: None)
+    monkeypatch.setattr(dataset_write, "flush", lambda path: None)
 
 
 def _save(path: Path, array: np.ndarray) -> None:

@@ -35,7 +35,7 @@ WHOLE = DatasetConfig(views=4, sizes=(SIZE,), stride=(1, 1), split="all")
 @pytest.fixture(autouse=True)
 def no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
     """Flushing to the disk takes most of these tests' time; test_dataset.py does it."""
-    monkeypatch.setattr(dataset_write, "_sync", lambda path: None)
+    monkeypatch.setattr(dataset_write, "flush", lambda path: None)
 
 
 def windows(clip: Path, config: DatasetConfig, draws: int = 300) -> set[tuple[int, ...]]:
