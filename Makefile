@@ -50,16 +50,19 @@ $(PYTHON) -m venv --clear $(1)
   $(1)/bin/python -m pip install --quiet --upgrade "pip>=23"
 endef
 
+# Interpreting and compiling take one core a process.
+SIDE_BY_SIDE := -n 2
+
 # $(1): pytest's -m expression; $(2): environment. pytest exits with 5 when it ran no test, which is in order only
 # when PYTEST_ARGS chose a part of the suite.
 define pytest
-status=0; $(2) $(TEST_BIN)/pytest -m "$(1)" $(PYTEST_ARGS) || status=$$?; \
+status=0; $(2) $(TEST_BIN)/pytest -m "$(1)" $(3) $(PYTEST_ARGS) || status=$$?; \
 [ $$status -eq 5 ] && $(if $(strip $(PYTEST_ARGS)),true,false) || exit $$status
 endef
 
-# $(1): marker; $(2): environment. The same for a kind of test that the tree may not have yet.
+# $(1): marker; $(2): environment; $(3): options. The same for a kind of test that the tree may not have yet.
 define pytest_marked
-if grep -rqw --include='*.py' 'mark[.]$(1)' tests; then $(call pytest,$(1),$(2)); else echo "no test is marked $(1)"; fi
+if grep -rqw --include='*.py' 'mark[.]$(1)' tests; then $(call pytest,$(1),$(2),$(3)); else echo "no test is marked $(1)"; fi
 endef
 
 .PHONY: help install test test-gpu sanitize build-matrix bench plots lint format demo clean
@@ -80,9 +83,9 @@ test: $(TEST_READY) ## linters, types and every test that needs no GPU, in .venv
 	$(call stage,4/7 pytest: CPU)
 	@$(call pytest,not gpu and not interpret and not aot and not nvcc)
 	$(call stage,5/7 pytest: Triton kernels in the interpreter)
-	@$(call pytest_marked,interpret,TRITON_INTERPRET=1)
+	@$(call pytest_marked,interpret,TRITON_INTERPRET=1 OMP_NUM_THREADS=1,$(SIDE_BY_SIDE))
 	$(call stage,6/7 pytest: Triton kernels compiled ahead of time)
-	@$(call pytest_marked,aot)
+	@$(call pytest_marked,aot,,$(SIDE_BY_SIDE))
 	$(call stage,7/7 pytest: CUDA sources compiled for every architecture)
 	@$(call pytest_marked,nvcc,$(TOOLKIT_OF_PIP))
 	$(call stage,all stages passed)
