@@ -50,7 +50,7 @@ $(PYTHON) -m venv --clear $(1)
   $(1)/bin/python -m pip install --quiet --upgrade "pip>=23"
 endef
 
-# Interpreting and compiling take one core a process.
+# Interpreting takes one core a process.
 SIDE_BY_SIDE := -n 2
 
 # $(1): pytest's -m expression; $(2): environment. pytest exits with 5 when it ran no test, which is in order only
@@ -85,7 +85,7 @@ test: $(TEST_READY) ## linters, types and every test that needs no GPU, in .venv
 	$(call stage,5/7 pytest: Triton kernels in the interpreter)
 	@$(call pytest_marked,interpret,TRITON_INTERPRET=1 OMP_NUM_THREADS=1,$(SIDE_BY_SIDE))
 	$(call stage,6/7 pytest: Triton kernels compiled ahead of time)
-	@$(call pytest_marked,aot,,$(SIDE_BY_SIDE))
+	@$(call pytest_marked,aot)
 	$(call stage,7/7 pytest: CUDA sources compiled for every architecture)
 	@$(call pytest_marked,nvcc,$(TOOLKIT_OF_PIP))
 	$(call stage,all stages passed)

@@ -7,7 +7,6 @@ their classes stand in (their names say so). The oracle is the original model in
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import importlib
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from any4d_fast import accelerate
+from any4d_fast.train.settings import tensor_float
 
 from .harness import FULL, Case, Function, Maker, Sizes, compiled, op_budgets, random
 
@@ -232,16 +232,6 @@ def models(name: str, sizes: Sizes) -> tuple[nn.Module, nn.Module]:
     return model, ours
 
 
-@contextlib.contextmanager
-def without_tf32() -> Any:
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-
-
 def runner(name: str, sizes: Sizes, views: int, direction: str, ours: bool, autocast: bool, compile_: bool) -> Maker:
     """Provider of a forward pass, or of a step: forward and backward; then it returns all gradients as one vector."""
     family = FAMILIES[name]
@@ -286,7 +276,7 @@ def case(name: str, sizes: Sizes, views: int, direction: str) -> Case:
         return random(*family.given(sizes, views), device=sizes.device)
 
     def oracle(x: Tensor) -> list[Tensor]:
-        with without_tf32():
+        with tensor_float(False):
             found = runner(*arguments, False, False, False)(x)()
         return [found] if isinstance(found, Tensor) else list(found)
 

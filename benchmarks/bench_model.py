@@ -28,6 +28,7 @@ from any4d_fast.config import preset as config_of
 from any4d_fast.graphs import cuda_graphs
 from any4d_fast.modules.derived import Derived
 from any4d_fast.profile import make_views as make_given
+from any4d_fast.train.settings import tensor_float
 
 from . import upstream
 from .harness import FULL, Case, Function, Maker, Sizes, Unavailable, random
@@ -115,13 +116,8 @@ def make_clips(sizes: Sizes, count: int) -> list[Views]:
 @contextlib.contextmanager
 def float32() -> Iterator[None]:
     """Plain PyTorch without TF32: the oracle."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        with use_backend("eager"):
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    with tensor_float(False), use_backend("eager"):
+        yield
 
 
 @contextlib.contextmanager

@@ -63,6 +63,8 @@ struct Shared {
         barrier_init(&v_empty, 4 * kGroups);
         for (int s = 0; s < STAGES; ++s) {
             barrier_init(&q_full[s], 1);
+            // Every lane arrives by itself, because all lanes read the statistics: racecheck does not follow one through
+            // the warp's barrier to another's arrival. It costs nothing that can be measured.
             barrier_init(&q_empty[s], kGroups * kWarpgroup);
         }
         for (int s = 0; s < DS_STAGES; ++s) {
@@ -92,10 +94,6 @@ __device__ __forceinline__ void arrive_warp(uint64_t* barrier) {
     __syncwarp();
     if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
 }
-
-// Every lane says it by itself, of what all lanes have read: racecheck does not follow one through the warp's barrier to
-// another's arrival. It costs nothing that can be measured.
-__device__ __forceinline__ void arrive_lanes(uint64_t* barrier) { barrier_arrive(barrier); }
 
 template <typename S>
 __device__ void copy_operands(S& shared, const Work& work) {
@@ -275,7 +273,7 @@ __device__ void compute_keys(S& shared, const Work& work, int member) {
             const Turn<S::kDsStages> ds{turn.used};
             barrier_wait(&shared.ds_empty[ds.stage()], ds.parity() ^ 1);
             state.wait_all();
-            if (!first) arrive_lanes(&shared.q_empty[before]);
+            if (!first) barrier_arrive(&shared.q_empty[before]);
             state.round_operands(shared.stats[stage], present, present8);
             state.store_ds(shared.ds[ds.stage()][member]);
             fence_shared_for_async();
@@ -285,7 +283,7 @@ __device__ void compute_keys(S& shared, const Work& work, int member) {
         mma_fence();
         state.issue_sums(shared.q[before], shared.grad_out[before], true);
         state.wait_all();
-        arrive_lanes(&shared.q_empty[before]);
+        barrier_arrive(&shared.q_empty[before]);
         // Read again: a part held through the loop is registers less for the tile.
         write_gradients(shared.staging[member], state, work, read_part(stored), member);
         arrive_warp(&shared.k_empty[keys.stage()]);  // with it, the part may change

@@ -74,6 +74,18 @@ def load_channels(pointer, C: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.cons
 
 
 @triton.jit
+def load_rows(pointer, stride, row, valid, C: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+    """Rows of C channels as a tuple of float32 [ROWS, CHUNK] blocks, zero beyond C and in rows that are not valid."""
+    blocks = ()
+    for chunk in tl.static_range(CHUNKS):
+        column = chunk * CHUNK + tl.arange(0, CHUNK)
+        mask = valid[:, None] & (column < C)[None, :]
+        block = tl.load(pointer + row[:, None] * stride + column[None, :], mask=mask, other=0.0)
+        blocks = blocks + (block.to(tl.float32),)
+    return blocks
+
+
+@triton.jit
 def row_statistics(blocks, eps, C: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
     """Mean and reciprocal standard deviation of every row. The blocks are zero beyond C.
 
@@ -121,6 +133,47 @@ def store_e4m3(
         mask = valid[:, None] & (column < C)[None, :]
         value = (blocks[chunk] * inverse[:, None]).to(out.dtype.element_ty)
         tl.store(out + row[:, None] * C + column[None, :], value, mask=mask)
+
+
+@triton.jit
+def store_normed(
+    blocks,
+    centre,
+    scale,
+    gains,
+    shifts,
+    out,
+    mean,
+    rstd,
+    row,
+    valid,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+):
+    """LayerNorm of rows by their statistics, which are stored too; with QUANTIZE to e4m3, `rstd` taking the scales."""
+    if not QUANTIZE:
+        tl.store(mean + row, centre, mask=valid)
+        tl.store(rstd + row, scale, mask=valid)
+    results = ()
+    for chunk in tl.static_range(CHUNKS):
+        column = chunk * CHUNK + tl.arange(0, CHUNK)
+        mask = valid[:, None] & (column < C)[None, :]
+        normed = (blocks[chunk] - centre[:, None]) * scale[:, None]
+        if HAS_WEIGHT:
+            normed = normed * gains[chunk][None, :]
+        if HAS_BIAS:
+            normed = normed + shifts[chunk][None, :]
+        if QUANTIZE:
+            results = results + (tl.where((column < C)[None, :], normed, 0.0),)
+        else:
+            tl.store(out + row[:, None] * C + column[None, :], normed.to(out.dtype.element_ty), mask=mask)
+    if QUANTIZE:
+        store_e4m3(results, out, rstd, row, valid, C, ROWS, CHUNK, CHUNKS)
 
 
 @triton.jit(do_not_specialize=["count"])

@@ -16,9 +16,10 @@ from ._rows import (
     column_sum_kernel,
     column_sums,
     load_channels,
+    load_rows,
     programs,
     row_statistics,
-    store_e4m3,
+    store_normed,
 )
 from .aot import AotCase
 
@@ -86,31 +87,12 @@ def layer_norm_forward_kernel(
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         valid = row < rows
-        blocks = ()
-        for chunk in tl.static_range(CHUNKS):
-            column = chunk * CHUNK + tl.arange(0, CHUNK)
-            mask = valid[:, None] & (column < C)[None, :]
-            block = tl.load(x + row[:, None] * x_stride + column[None, :], mask=mask, other=0.0)
-            blocks = blocks + (block.to(tl.float32),)
+        blocks = load_rows(x, x_stride, row, valid, C, CHUNK, CHUNKS)
         centre, scale = row_statistics(blocks, eps, C, CHUNK, CHUNKS)
-        if not QUANTIZE:
-            tl.store(mean + row, centre, mask=valid)
-            tl.store(rstd + row, scale, mask=valid)
-        results = ()
-        for chunk in tl.static_range(CHUNKS):
-            column = chunk * CHUNK + tl.arange(0, CHUNK)
-            mask = valid[:, None] & (column < C)[None, :]
-            normed = (blocks[chunk] - centre[:, None]) * scale[:, None]
-            if HAS_WEIGHT:
-                normed = normed * gains[chunk][None, :]
-            if HAS_BIAS:
-                normed = normed + shifts[chunk][None, :]
-            if QUANTIZE:
-                results = results + (tl.where((column < C)[None, :], normed, 0.0),)
-            else:
-                tl.store(out + row[:, None] * C + column[None, :], normed.to(out.dtype.element_ty), mask=mask)
-        if QUANTIZE:
-            store_e4m3(results, out, rstd, row, valid, C, ROWS, CHUNK, CHUNKS)
+        store_normed(
+            blocks, centre, scale, gains, shifts, out, mean, rstd, row, valid, C, ROWS, CHUNK, CHUNKS, HAS_WEIGHT,
+            HAS_BIAS, QUANTIZE,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows"])

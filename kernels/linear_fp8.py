@@ -16,7 +16,7 @@ from any4d_fast import backends
 from any4d_fast.reference.linear_fp8 import SAMPLES
 
 from ._linear import LinearTile, _scratch, gelu, halves, tile_origin
-from ._rows import RowTile, as_rows, processors, programs, store_e4m3
+from ._rows import RowTile, as_rows, load_rows, processors, programs, store_e4m3
 from .aot import AotCase
 from .layer_norm import forward_tile
 
@@ -115,12 +115,7 @@ def quantize_rows_kernel(
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         valid = row < rows
-        blocks = ()
-        for chunk in tl.static_range(CHUNKS):
-            column = chunk * CHUNK + tl.arange(0, CHUNK)
-            mask = valid[:, None] & (column < C)[None, :]
-            block = tl.load(x + row[:, None] * x_stride + column[None, :], mask=mask, other=0.0)
-            blocks = blocks + (block.to(tl.float32),)
+        blocks = load_rows(x, x_stride, row, valid, C, CHUNK, CHUNKS)
         store_e4m3(blocks, out, scales, row, valid, C, ROWS, CHUNK, CHUNKS)
 
 

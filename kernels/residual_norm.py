@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._rows import RowTile, as_rows, column_sums, load_channels, programs, row_statistics, store_e4m3
+from ._rows import RowTile, as_rows, column_sums, load_channels, programs, row_statistics, store_normed
 from .aot import AotCase
 
 MAX_CHANNELS = 4096
@@ -112,24 +112,10 @@ def residual_norm_forward_kernel(
             blocks = blocks + (stored.to(tl.float32),)
         if NORMALIZE:
             centre, scale = row_statistics(blocks, eps, C, CHUNK, CHUNKS)
-            if not QUANTIZE:
-                tl.store(mean + row, centre, mask=valid)
-                tl.store(rstd + row, scale, mask=valid)
-            results = ()
-            for chunk in tl.static_range(CHUNKS):
-                column = chunk * CHUNK + tl.arange(0, CHUNK)
-                mask = valid[:, None] & (column < C)[None, :]
-                value = (blocks[chunk] - centre[:, None]) * scale[:, None]
-                if HAS_WEIGHT:
-                    value = value * gains[chunk][None, :]
-                if HAS_BIAS:
-                    value = value + shifts[chunk][None, :]
-                if QUANTIZE:
-                    results = results + (tl.where((column < C)[None, :], value, 0.0),)
-                else:
-                    tl.store(normed + row[:, None] * C + column[None, :], value.to(normed.dtype.element_ty), mask=mask)
-            if QUANTIZE:
-                store_e4m3(results, normed, rstd, row, valid, C, ROWS, CHUNK, CHUNKS)
+            store_normed(
+                blocks, centre, scale, gains, shifts, normed, mean, rstd, row, valid, C, ROWS, CHUNK, CHUNKS,
+                HAS_WEIGHT, HAS_BIAS, QUANTIZE,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows", "rows_per_scale"])

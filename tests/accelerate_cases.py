@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -214,14 +213,3 @@ def pair(name: str, size: Size = TINY, device: str = "cpu", train: bool = False)
     ours = copy.deepcopy(theirs)
     x = torch.randn(family.given(size), generator=torch.Generator().manual_seed(2)).to(device)
     return Pair(family, size, theirs, ours, accelerate(ours), x)
-
-
-@contextlib.contextmanager
-def no_tf32() -> Iterator[None]:
-    """Float32 as it is, whatever uniception or another test set."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before

@@ -12,6 +12,12 @@ import torch
 from torch import Tensor, nn
 
 FOLDER = Path(__file__).parent / "golden"
+ALL_INPUTS = [
+    "ray_directions_cam", "depth_along_ray", "camera_pose_quats", "camera_pose_trans", "is_metric_scale",
+    "radial_scene_flow", "pts3d_cam", "valid_mask",
+]  # fmt: skip
+"""Everything that a view of `golden_views` can give besides its image."""
+
 CASES = ("images_only", "all_inputs", "partial_inputs", "pointmap_direct", "pointmap_factored")
 
 

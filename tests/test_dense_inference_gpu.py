@@ -16,7 +16,8 @@ from any4d_fast.head_loop import run_heads
 from any4d_fast.head_precision import head_dtype, use_head_dtype
 from any4d_fast.ops.dense_maps import new_flag
 from any4d_fast.testing import relative_error
-from tests.golden_cases import golden_views, golden_weights
+from tests import tf32
+from tests.golden_cases import ALL_INPUTS, golden_views, golden_weights
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,10 +41,8 @@ def model(request: pytest.FixtureRequest) -> Any4D:
 
 @pytest.fixture(autouse=True)
 def tf32_in_convolutions() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True
-    yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    with tf32.settings(matmul=False, cudnn=True):
+        yield
 
 
 def tokens(views: int) -> list[Tensor]:
@@ -139,9 +138,7 @@ def test_out_of_range_the_outputs_are_those_of_tf32(model: Any4D) -> None:
 
 
 def all_inputs(views: int) -> list[dict[str, Tensor]]:
-    keys = ["ray_directions_cam", "depth_along_ray", "is_metric_scale", "camera_pose_quats", "camera_pose_trans",
-            "radial_scene_flow", "pts3d_cam", "valid_mask"]  # fmt: skip
-    given = golden_views(views, 1, 336, 518, 0, [keys] * views)
+    given = golden_views(views, 1, 336, 518, 0, [ALL_INPUTS] * views)
     return [{k: v.cuda() if isinstance(v, Tensor) else v for k, v in view.items()} for view in given]
 
 

@@ -20,13 +20,8 @@ from any4d_fast.config import ModalityConfig
 from any4d_fast.graphs import GraphCache, call_key, cuda_graphs, wanted
 from any4d_fast.head_precision import use_head_dtype
 from any4d_fast.modules.derived import CaptureError, Derived, defer, recording
-from tests.golden_cases import golden_views
+from tests.golden_cases import ALL_INPUTS, golden_views
 from tests.small_models import small_config, small_model
-
-ALL_INPUTS = [
-    "ray_directions_cam", "depth_along_ray", "camera_pose_quats", "camera_pose_trans", "is_metric_scale",
-    "radial_scene_flow", "pts3d_cam", "valid_mask",
-]  # fmt: skip
 
 
 class FakeGraph:

@@ -18,17 +18,13 @@ from any4d_fast.config import Any4DConfig, DenseHeadConfig, EncoderConfig, Scene
 from any4d_fast.head_precision import use_head_dtype
 from any4d_fast.modules.derived import Derived
 from any4d_fast.testing import relative_error
-from tests.golden_cases import golden_views, golden_weights
+from tests.golden_cases import ALL_INPUTS, golden_views, golden_weights
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device (make test-gpu)"),
 ]
 
-ALL_INPUTS = [
-    "ray_directions_cam", "depth_along_ray", "camera_pose_quats", "camera_pose_trans", "is_metric_scale",
-    "radial_scene_flow", "pts3d_cam", "valid_mask",
-]  # fmt: skip
 # A vendor library may split a sum otherwise on another stream's workspace: a bfloat16 rounding step here and there.
 ROUNDING = 2e-3
 

@@ -14,17 +14,14 @@ from torch import Tensor
 from any4d_fast import Any4D
 from any4d_fast.config import DenseHeadConfig, EncoderConfig, TransformerConfig
 from any4d_fast.testing import relative_error
-from tests.golden_cases import CASES, golden_views, golden_weights, load_case, load_outputs
+from tests.golden_cases import ALL_INPUTS, CASES, golden_views, golden_weights, load_case, load_outputs
 from tests.small_models import REPRESENTATIONS, small_config, small_model, small_scene
 
 BUDGET = 1e-5  # of a float32 output on the CPU against the original's (DESIGN section 4)
 
-ALL = ["ray_directions_cam", "depth_along_ray", "camera_pose_quats", "camera_pose_trans", "is_metric_scale",
-       "radial_scene_flow", "pts3d_cam", "valid_mask"]  # fmt: skip
-
 
 def views(num_views: int = 3, batch: int = 2, height: int = 28, width: int = 42, seed: int = 0) -> list[dict[str, Any]]:
-    return golden_views(num_views, batch, height, width, seed, [ALL] * num_views)
+    return golden_views(num_views, batch, height, width, seed, [ALL_INPUTS] * num_views)
 
 
 def in_double(given: list[dict[str, Any]]) -> list[dict[str, Any]]:

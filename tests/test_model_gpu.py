@@ -15,17 +15,14 @@ from torch import Tensor
 from any4d_fast import Any4D, use_backend
 from any4d_fast.config import Any4DConfig, EncoderConfig, TransformerConfig
 from any4d_fast.testing import relative_error
-from tests.golden_cases import CASES, golden_views, golden_weights, load_case, load_outputs
+from tests import tf32
+from tests.golden_cases import ALL_INPUTS, CASES, golden_views, golden_weights, load_case, load_outputs
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device (make test-gpu)"),
 ]
 
-ALL_INPUTS = [
-    "ray_directions_cam", "depth_along_ray", "camera_pose_quats", "camera_pose_trans", "is_metric_scale",
-    "radial_scene_flow", "pts3d_cam", "valid_mask",
-]  # fmt: skip
 WEIGHTS, CLIPS = 4, 3
 # Two runs in bf16 that round at different places differ by chance: over all gradients the ratio of their errors
 # scatters by a few percent around 1.
@@ -34,10 +31,8 @@ CHANCE = 1.1
 
 @pytest.fixture(autouse=True)
 def full_float32() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    with tf32.settings(matmul=False, cudnn=False):
+        yield
 
 
 def to_cuda(views: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from ..reference.residual_norm import residual_norm as reference_residual_norm
 from ._library import define, launchers
 from .layer_norm import check_rows, check_vector, row_reasons
 from .linear_fp8 import hopper_reasons, refuse_gradients
-from .residual_norm import check_row_scale
+from .residual_norm import check_branch, check_row_scale
 
 __all__ = ["layer_norm_fp8", "residual_norm_fp8"]
 
@@ -137,11 +137,7 @@ def residual_norm_fp8(
     """
     op = "residual_norm_fp8"
     check_rows(op, "residual", residual)
-    if branch.shape != residual.shape or not branch.is_floating_point():
-        raise ValueError(
-            f"{op}: branch: expected {list(residual.shape)} floating point like the residual, "
-            f"got {list(branch.shape)} {branch.dtype}; both have a row for every token"
-        )
+    check_branch(op, branch, residual)
     if not residual.is_contiguous():
         raise ValueError(
             f"{op}: residual: expected a contiguous tensor, which is overwritten, got strides "

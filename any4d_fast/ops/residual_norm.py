@@ -196,6 +196,15 @@ def _triton_reasons(
 backends.register("residual_norm", triton=_triton_reasons)
 
 
+def check_branch(op: str, branch: Tensor, residual: Tensor) -> None:
+    """Raise unless `branch` is floating point and has a row for every row of `residual`."""
+    if branch.shape != residual.shape or not branch.is_floating_point():
+        raise ValueError(
+            f"{op}: branch: expected {list(residual.shape)} floating point like the residual, "
+            f"got {list(branch.shape)} {branch.dtype}; both have a row for every token"
+        )
+
+
 def check_row_scale(op: str, row_scale: Tensor | None, rows_per_scale: int, rows: int) -> None:
     """Raise unless `row_scale` is None or one gradient-free factor for every group of rows."""
     if row_scale is None:
@@ -314,11 +323,7 @@ def residual_norm(
         BackendError: the backend asked for cannot run this call.
     """
     check_rows("residual_norm", "residual", residual)
-    if branch.shape != residual.shape or not branch.is_floating_point():
-        raise ValueError(
-            f"residual_norm: branch: expected {list(residual.shape)} floating point like the residual, "
-            f"got {list(branch.shape)} {branch.dtype}; both have a row for every token"
-        )
+    check_branch("residual_norm", branch, residual)
     channels = residual.shape[-1]
     for name, vector in (("gamma", gamma), ("weight", weight), ("bias", bias)):
         check_vector("residual_norm", name, vector, channels)

@@ -32,7 +32,6 @@ INPUT_SETS: dict[str, tuple[str, ...]] = {
 HELD_OUT_CLIPS = 200
 
 
-@torch.no_grad()
 def evaluate_model(model: Any4D, batches: Iterable[Batch], inputs: Sequence[str] = ()) -> dict[str, float]:
     """Means (medians of rotation) of `metrics.evaluate` over all samples.
 
@@ -41,11 +40,20 @@ def evaluate_model(model: Any4D, batches: Iterable[Batch], inputs: Sequence[str]
         batches: on the model's device.
         inputs: what the model is given besides images, of rays, depth and poses.
     """
-    found = Accumulator()
+    return evaluate_sets(model, batches, {"": inputs})[""]
+
+
+@torch.no_grad()
+def evaluate_sets(
+    model: Any4D, batches: Iterable[Batch], input_sets: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, float]]:
+    """`evaluate_model` with each of several sets of inputs, by their names; every batch is made once."""
+    found = {name: Accumulator() for name in input_sets}
     for batch in batches:
-        outputs: list[Outputs] = model(batch.views(model.encoder.data_norm_type, inputs))
-        found.add(evaluate(outputs, batch))
-    return found.result()
+        for name, inputs in input_sets.items():
+            outputs: list[Outputs] = model(batch.views(model.encoder.data_norm_type, inputs))
+            found[name].add(evaluate(outputs, batch))
+    return {name: accumulator.result() for name, accumulator in found.items()}
 
 
 def held_out_table(
@@ -75,11 +83,11 @@ def held_out_table(
 
     config = stream or StreamConfig()
     device = next(model.parameters()).device
+    batches = held_out(config, clips, batch_size, device, seed)
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        by_set = evaluate_sets(model, batches, input_sets)
     rows: list[dict[str, str | float]] = []
-    for name, inputs in input_sets.items():
-        batches = held_out(config, clips, batch_size, device, seed)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            found = evaluate_model(model, batches, inputs)
+    for name, found in by_set.items():
         zero = found.get("flow_epe_dynamic_zero", 0.0)
         if zero:
             found["flow_epe_dynamic_of_zero"] = found["flow_epe_dynamic"] / zero

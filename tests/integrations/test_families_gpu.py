@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from any4d_fast.integrations import checks
-from tests.accelerate_cases import REAL, no_tf32, pair, parameters
+from tests import tf32
+from tests.accelerate_cases import REAL, pair, parameters
 from tests.kernels_common import gpu_only
 
 pytestmark = gpu_only
@@ -20,5 +21,5 @@ def kernels_at_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", parameters())
 @pytest.mark.parametrize("train", [False, True])
 def test_outputs_and_gradients(name: str, train: bool) -> None:
-    with no_tf32():
+    with tf32.settings(matmul=False, cudnn=False):
         pair(name, REAL, "cuda", train).check_autocast()

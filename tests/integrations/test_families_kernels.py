@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.accelerate_cases import Size, no_tf32, pair, parameters
+from tests import tf32
+from tests.accelerate_cases import Size, pair, parameters
 from tests.kernels_common import DEVICE, kernel_test
 
 pytestmark = kernel_test
@@ -16,5 +17,5 @@ FAMILIES = parameters("uniception transformer", "uniception dense head", "timm",
 @pytest.mark.parametrize("name", FAMILIES)
 def test_outputs_and_gradients(name: str) -> None:
     size = Size(depth=2 if name == "uniception transformer" else 1, grid=(1, 2), views=1)
-    with no_tf32():
+    with tf32.settings(matmul=False, cudnn=False):
         pair(name, size, DEVICE).check_float32()

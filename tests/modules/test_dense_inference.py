@@ -21,7 +21,7 @@ from any4d_fast.modules.dpt import DPTFeatures, DPTRegressor
 from any4d_fast.modules.heads import PoseHead
 from any4d_fast.ops.dense_maps import new_flag
 from any4d_fast.testing import relative_error
-from tests.golden_cases import golden_views, golden_weights
+from tests.golden_cases import ALL_INPUTS, golden_views, golden_weights
 from tests.small_models import small_model
 
 Grid = tuple[int, int]
@@ -246,9 +246,7 @@ def test_during_a_capture_the_flag_is_left_to_whoever_replays(fresh_warning: Non
 
 
 def all_inputs() -> list[dict[str, Any]]:
-    keys = ["ray_directions_cam", "depth_along_ray", "is_metric_scale", "camera_pose_quats", "camera_pose_trans",
-            "radial_scene_flow", "pts3d_cam", "valid_mask"]  # fmt: skip
-    return golden_views(2, 2, 28, 42, 0, [keys] * 2)
+    return golden_views(2, 2, 28, 42, 0, [ALL_INPUTS] * 2)
 
 
 def test_the_tokenizers_run_in_16_bits_with_the_heads() -> None:
