@@ -64,11 +64,11 @@ class StreamConfig:
     enclosed: float = 0.85
     room_size: Range = (3.5, 10.0)
     room_height: Range = (2.4, 4.0)
-    frame_interval: Range = (0.08, 0.6)
+    frame_interval: Range = (0.12, 1.0)
     object_speed: Range = (0.25, 2.0)
-    camera_speed: Range = (0.1, 1.0)
+    camera_speed: Range = (0.2, 1.5)
     tripod: float = 0.08
-    panning: float = 0.08
+    panning: float = 0.15
     shake_degrees: Range = (0.2, 2.0)
     exposure_stops: Range = (-0.6, 0.6)
     noise: Range = (0.0, 0.02)

@@ -90,7 +90,7 @@ def draw_objects(
     position, half = _place(draws, kind, half, styles, movers + statics, room, enclosed, cameras, size)
     radius = bounding_radius(kind, half)
     turn, shift = _draw_motion(
-        draws, config, kind, half, radius, styles, ahead, rotation, position, room, enclosed, cameras.times
+        draws, config, kind, half, radius, styles, ahead, rotation, position, room, enclosed, cameras
     )
     moves = moving & ((np.abs(shift).max((-2, -1)) > 0.01) | (np.abs(turn).max((-2, -1)) > 0.01))
     position = _clear(position, shift * moves[..., None, None], radius, cameras.position)
@@ -169,14 +169,15 @@ def _upright(kind: Array, half: Array, styles: _Styles) -> Array:
 
 def _draw_motion(
     draws: Draws, config: StreamConfig, kind: Array, half: Array, radius: Array, styles: _Styles, ahead: Array,
-    rotation: Array, position: Array, room: Array, enclosed: Array, times: Array,
+    rotation: Array, position: Array, room: Array, enclosed: Array, cameras: Cameras,
 ) -> tuple[Array, Array]:  # fmt: skip
     """Rotation vectors and displacements [B, M, V, 3]: a swing along a line, and a turn about a fixed axis."""
-    limit = _limits(room, enclosed)
+    limit, times = _limits(room, enclosed), cameras.times
     # What starts near a wall starts away from it.
     inside = np.abs(position[..., :2]) < 0.4 * limit
     direction = ahead.copy()
     direction[..., :2] = np.where(inside, ahead[..., :2], -np.sign(position[..., :2]) * np.abs(ahead[..., :2]))
+    direction = _towards_view(direction, position, cameras)
     rolling = cross(_UP, direction)
     direction[..., 2] = np.where(styles.floats, draws.uniform(-0.5, 0.5, SLOTS), 0.0)
     direction = unit(direction)
@@ -195,6 +196,16 @@ def _draw_motion(
     axis = np.where(styles.floats[..., None], rotation[..., 0], np.where(wheel[..., None], rolling, _UP))
     angle = np.where(wheel[..., None], wave * factor / half[..., :1], spin[..., None] * times[:, None])
     return axis[..., None, :] * (angle * styles.moving[..., None])[..., None], shift * factor[..., None]
+
+
+def _towards_view(direction: Array, position: Array, cameras: Cameras) -> Array:
+    """Directions [B, M, 3] of which those that start beside the middle half of the first view do not lead out of it."""
+    right, forward = (cameras.level[:, None, 0, :, axis] for axis in (0, 2))
+    away = position - cameras.position[:, None, 0]
+    side = (away * right).sum(-1) * cameras.focal[:, None] / np.maximum((away * forward).sum(-1), 0.1)  # pixels
+    outwards = (direction * right).sum(-1) * np.sign(side)
+    beside = np.abs(side) > 0.5 * cameras.centre[:, :1]
+    return direction - np.where(beside, 2 * np.maximum(outwards, 0) * np.sign(side), 0.0)[..., None] * right
 
 
 def _clear(position: Array, shift: Array, radius: Array, cameras: Array) -> Array:

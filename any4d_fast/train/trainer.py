@@ -19,7 +19,7 @@ from ..checkpoint import aliases, load_tensors, save_safetensors
 from ..config import ConfigError
 from ..io.atomic import atomic_path
 from ..model import Any4D
-from . import parallel, toml
+from . import fresh, parallel, toml
 from .checkpoints import WEIGHTS, CheckpointFolder, Snapshot
 from .config import TrainConfig, differences
 from .ema import Average
@@ -164,7 +164,7 @@ class Trainer:
                 model = Any4D.from_pretrained(options.init, config=options.preset, strict=options.strict)
             else:
                 model = Any4D.from_preset(options.preset)
-                self._silence(model)
+                fresh.prepare(model, self._untrained())
         for name, parameter in model.named_parameters():
             trained = self.config.optimizer.parts.get(part_of(name), 1.0) > 0
             parameter.requires_grad_(trained and not name.startswith(self._untrained()))
@@ -177,13 +177,6 @@ class Trainer:
             f"{module}." for name, modules in _TOKENIZERS.items() if name not in self.config.inputs.given
             for module in modules
         )  # fmt: skip
-
-    @torch.no_grad()
-    def _silence(self, model: Any4D) -> None:
-        """Untrained tokenizers of a new model add nothing: random ones would spoil the result of giving that input."""
-        for name, parameter in model.named_parameters():
-            if name.startswith(self._untrained()):
-                parameter.zero_()
 
     def _wrapped(self) -> nn.Module:
         find_unused = self.config.data.source == "folder"  # an input that a batch lacks has no gradient
