@@ -96,7 +96,7 @@ def _prepare_heads(model: Any4D) -> None:
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
             _zero(conv.bias)
         _begin_at(last, usual)
-    if model.pose_head is not None:
+    if model.config.scene.pose_head:
         _begin_at(model.pose_head.fc_t, [0.0] * 3)
         _begin_at(model.pose_head.fc_rot, [0.0, 0.0, 0.0, 1.0])
     _begin_at(model.scale_head.output_proj, [1.0])

@@ -136,7 +136,7 @@ def test_moved_points_lie_on_what_the_other_views_see() -> None:
     config = StreamConfig(num_views=3, sizes=((84, 112),), supersampling=1, enclosed=1.0, moving_objects=(4, 8))
     batch = Stream(config, 4, seed=6).batch(0)
     size = torch.tensor([112.0, 84.0])
-    compared, dynamic = 0, 0
+    compared, comparable, dynamic = 0, 0, 0
     for view in (1, 2):
         world = batch.pts3d[:, 0] + batch.scene_flow[:, view]
         inverse = invert_pose(batch.camera_poses[:, view])[:, None, None]
@@ -156,10 +156,11 @@ def test_moved_points_lie_on_what_the_other_views_see() -> None:
             slack = around.amax(0) - around.amin(0) + 1e-4
             assert (distance[smooth] >= (around.amin(0) - slack)[smooth]).all()  # nothing shows through
             visible = smooth & ((distance - seen[v, u]).abs() <= slack)
+            comparable += int(smooth.sum())
             compared += int(visible.sum())
             dynamic += int(batch.dynamic_mask[clip, 0][inside][visible].sum())
-            assert visible.sum() > 0.5 * smooth.sum()
-    assert compared > 10_000 and dynamic > 200
+    # A single view may be covered by an object that came close.
+    assert compared > 0.5 * comparable and compared > 10_000 and dynamic > 200
 
 
 def test_scenes_are_what_the_configuration_says(scenes: Scenes) -> None:
@@ -177,7 +178,7 @@ def test_scenes_are_what_the_configuration_says(scenes: Scenes) -> None:
     moved = abs(cameras.position - cameras.position[:, :1]).max((1, 2)) > 1e-9
     turned = abs(cameras.shake - cameras.shake[:, :1]).max((1, 2)) > 1e-9
     tripods, pans = ~moved & ~turned, ~moved & turned
-    assert 0.02 < tripods.mean() < 0.16 and 0.02 < pans.mean() < 0.16 and (moved & turned).mean() > 0.3
+    assert 0.02 < tripods.mean() < 0.16 and 0.07 < pans.mean() < 0.24 and (moved & turned).mean() > 0.3
     assert set(objects.kind.reshape(-1)) == {-1, 0, 1, 2, 3}
     assert (abs(objects.turn).max((-2, -1)) + abs(objects.shift).max((-2, -1)) > 0.01)[objects.moving].all()
     assert not objects.turn[~objects.moving].any() and not objects.shift[:, :, 0].any()
