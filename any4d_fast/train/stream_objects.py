@@ -177,7 +177,7 @@ def _draw_motion(
     inside = np.abs(position[..., :2]) < 0.4 * limit
     direction = ahead.copy()
     direction[..., :2] = np.where(inside, ahead[..., :2], -np.sign(position[..., :2]) * np.abs(ahead[..., :2]))
-    direction = _towards_view(direction, position, cameras)
+    direction = towards_view(direction, position, cameras)
     rolling = cross(_UP, direction)
     direction[..., 2] = np.where(styles.floats, draws.uniform(-0.5, 0.5, SLOTS), 0.0)
     direction = unit(direction)
@@ -198,7 +198,7 @@ def _draw_motion(
     return axis[..., None, :] * (angle * styles.moving[..., None])[..., None], shift * factor[..., None]
 
 
-def _towards_view(direction: Array, position: Array, cameras: Cameras) -> Array:
+def towards_view(direction: Array, position: Array, cameras: Cameras) -> Array:
     """Directions [B, M, 3] of which those that start beside the middle half of the first view do not lead out of it."""
     right, forward = (cameras.level[:, None, 0, :, axis] for axis in (0, 2))
     away = position - cameras.position[:, None, 0]

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from any4d_fast.train.batch import Batch
 from any4d_fast.train.scene import SceneConfig
 from any4d_fast.train.stream import Stream, StreamConfig, held_out
 from any4d_fast.train.stream_draw import Scenes, draw_scenes
-from any4d_fast.train.stream_objects import SLOTS, bounding_radius
+from any4d_fast.train.stream_objects import SLOTS, bounding_radius, towards_view
 from any4d_fast.train.stream_random import Draws
 
 SMALL = StreamConfig(num_views=3, sizes=((28, 42),), supersampling=1)
@@ -195,6 +196,21 @@ def test_cameras_stay_inside_the_room_and_out_of_objects(scenes: Scenes) -> None
     ]
     assert gap.shape == (MANY, SLOTS, 4) and (gap.min(-1) > 0.1)[objects.kind >= 0].all()
     assert (objects.kind >= 0).sum(1).min() >= 1
+
+
+def test_objects_beside_the_middle_do_not_start_out_of_the_picture(scenes: Scenes) -> None:
+    """One second along their directions, none that is beside the middle half of view 0 is farther to its side."""
+    cameras, objects = scenes.cameras, scenes.objects
+    right = cameras.level[:, 0, :, 0][:, None]
+    away = objects.position - cameras.position[:, None, 0]
+    side = (away * right).sum(-1)
+    depth = (away * cameras.level[:, 0, :, 2][:, None]).sum(-1)
+    beside = abs(side) * cameras.focal[:, None] > 0.5 * cameras.centre[:, :1] * np.maximum(depth, 0.1)
+    outwards = np.random.default_rng(0).normal(size=objects.position.shape)
+    directions = towards_view(outwards, objects.position, cameras)
+    lateral = (directions * right).sum(-1) * np.sign(side)
+    assert beside.any() and (lateral[beside] <= 1e-12).all() and (lateral[~beside] > 0).any()
+    assert np.allclose((directions**2).sum(-1), (outwards**2).sum(-1))
 
 
 def test_views_look_at_the_same_things() -> None:
