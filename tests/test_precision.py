@@ -14,7 +14,7 @@ from any4d_fast import Any4D, graphs, ops, use_backend
 from any4d_fast.config import ModalityConfig
 from any4d_fast.modules import packing_fp8
 from any4d_fast.modules.derived import Derived
-from any4d_fast.modules.packing import _Parts
+from any4d_fast.modules.packing import _Parts, packed_blocks
 from any4d_fast.modules.packing_fp8 import Layers, hidden_bound, packed_blocks_fp8
 from any4d_fast.ops.attention import Segments
 from any4d_fast.precision import PrecisionError
@@ -160,6 +160,19 @@ def test_weights_take_a_byte_and_their_losses_another() -> None:
     count = sum(t.numel() for t in (blocks[0].attn.qkv.weight, blocks[0].mlp.fc1.weight, blocks[0].mlp.fc2.weight))
     (kept,) = store._kept.values()
     assert sum(t.numel() for t in kept.tensors if t.dtype == torch.float8_e4m3fn) == 2 * 2 * count
+
+
+def test_16_bit_weights_are_those_of_exact_calls() -> None:
+    """A model that is called in both precisions keeps one copy of what they share."""
+    blocks, norm = blocks_of(2)
+    store = Derived()
+    exact = packed_blocks(store, blocks, norm, torch.bfloat16)
+    wide = packed_blocks_fp8(store, "it", blocks, norm, torch.bfloat16, Layers(qkv=False, mlp=False))
+    assert exact is not None and len(store._kept) == 1
+    for ours, theirs in zip(wide.blocks, exact.blocks, strict=True):
+        first, second = ours.mlp
+        shared = [t for layer in (ours.qkv, ours.proj, first, second) for t in layer]
+        assert all(a is b for a, b in zip(shared, theirs[:8], strict=True))
 
 
 def test_where_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,18 +90,22 @@ def packed_blocks(
     if type(final_norm) is not nn.LayerNorm or final_norm.eps != NORM_EPS:
         return None
     parts = [_Parts(block) for block in blocks]
-    tensors = store.get(
-        ("blocks", dtype, home(parts[0].sources())),
-        lambda: [t for block in blocks for t in _Parts(block).sources()],
-        lambda: (t for block in blocks for t in _Parts(block).derive(dtype)),
-    )
     found: list[BlockWeights] = []
-    taken = iter(tensors)
+    taken = iter(packed_tensors(store, blocks, dtype))
     for i, part in enumerate(parts):
         following = parts[i + 1].norm1 if i + 1 < len(parts) else None
         found.append(part.weights(taken, final_norm if following is None else following))
     first = parts[0].norm1
     return PackedBlocks(found, (first.weight, first.bias))
+
+
+def packed_tensors(store: Derived, blocks: Sequence[Block], dtype: torch.dtype) -> list[Tensor]:
+    """Weights and biases of known blocks in `dtype`, in the order in which `_Parts.weights` takes them."""
+    return store.get(
+        ("blocks", dtype, home(_Parts(blocks[0]).sources())),
+        lambda: [t for block in blocks for t in _Parts(block).sources()],
+        lambda: (t for block in blocks for t in _Parts(block).derive(dtype)),
+    )
 
 
 def known(block: Block) -> bool:

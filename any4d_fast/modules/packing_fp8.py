@@ -32,7 +32,7 @@ from ..reference.linear_fp8 import quantize_rows
 from .block import NORM_EPS, Block
 from .derived import Derived
 from .host_weights import home
-from .packing import Affine, _has_bias, _Parts, known
+from .packing import Affine, _has_bias, _Parts, known, packed_tensors
 
 MARGIN = 1.25
 """On the bound of hidden values, for the roundings of rows and weights to e4m3: 2^-4 each at most."""
@@ -166,7 +166,7 @@ class PackedBlocks8:
 def packed_blocks_fp8(
     store: Derived, name: str, blocks: Sequence[Block], final_norm: nn.LayerNorm, dtype: torch.dtype, layers: Layers
 ) -> PackedBlocks8:
-    """The blocks' weights in 8 bits where `layers` says so, else in `dtype`.
+    """The blocks' weights in 8 bits where `layers` says so, else in `dtype`; without 8-bit weights, those of `packing`.
 
     Raises:
         PrecisionError: a module of the stack `name` is not what this file knows, or has hooks of its own.
@@ -178,11 +178,14 @@ def packed_blocks_fp8(
             'modules that have no 8-bit form; use precision="exact"'
         )
     parts = [_Parts(block) for block in blocks]
-    tensors = store.get(
-        ("blocks fp8", dtype, layers, home(parts[0].sources())),
-        lambda: [t for block in blocks for t in _Parts(block).sources()],
-        lambda: (t for block in blocks for t in _derive(_Parts(block), dtype, layers)),
-    )
+    if layers.qkv or layers.mlp:
+        tensors = store.get(
+            ("blocks fp8", dtype, layers, home(parts[0].sources())),
+            lambda: [t for block in blocks for t in _Parts(block).sources()],
+            lambda: (t for block in blocks for t in _derive(_Parts(block), dtype, layers)),
+        )
+    else:
+        tensors = packed_tensors(store, blocks, dtype)
     taken = iter(tensors)
     found = []
     for i, part in enumerate(parts):
