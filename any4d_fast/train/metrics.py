@@ -12,7 +12,8 @@ count, because view 0's own flow is zero. `_dynamic` and `_static`: on moving an
   scaling the prediction by the ratio of the sample's median depths; with `_metric` without scaling.
 - `points_abs_rel`: mean distance of scaled world points over the ground truth's distance from the origin.
 - `rotation_degrees`: median over views 1 to V - 1 of the angle between predicted and true rotation.
-- `translation_error`: mean over views 1 to V - 1 of the distance between predicted and true camera centre.
+- `translation_error`: mean over views 1 to V - 1 of the distance between predicted and true camera centre. Both with
+  `_zero` are those of predicting that the camera stands still, the baseline.
 - `pose_auc_5`, `_15`, `_30`: area under the accuracy curve of pairs of views up to so many degrees (`pose_auc`).
 - `scale_error`: |z / z^ - 1|, z the mean distance of the sample's world points from the origin.
 
@@ -203,13 +204,17 @@ def _poses(quats: Tensor, trans: Tensor, ratio: Tensor, batch: Batch) -> dict[st
     known = batch.has_poses
     angles = rotation_angle(pred[:, 1:, :3, :3], target[:, 1:, :3, :3])
     later = known[:, None].expand(angles.shape)
-    results = {"rotation_degrees": masked_median(angles, later)}
+    identity = torch.eye(4, device=target.device)
+    results = {
+        "rotation_degrees": masked_median(angles, later),
+        "rotation_degrees_zero": masked_median(rotation_angle(identity[:3, :3], target[:, 1:, :3, :3]), later),
+        "translation_error_zero": masked_mean(target[:, 1:, :3, 3].norm(dim=-1), later),
+    }
     scale = torch.where(batch.is_metric, 1.0, ratio)
     for suffix, factor in (("", scale), ("_scaled", ratio)):
         distance = (pred[:, 1:, :3, 3] * factor[:, None, None] - target[:, 1:, :3, 3]).norm(dim=-1)
         results[f"translation_error{suffix}"] = masked_mean(distance, later)
     # Unknown poses may be anything, NaN too.
-    identity = torch.eye(4, device=target.device)
     areas = pose_auc(pred, torch.where(known[:, None, None, None], target, identity))
     for threshold, area in zip(_AUC, areas, strict=True):
         results[f"pose_auc_{threshold}"] = torch.where(known, area, _NAN)
@@ -236,8 +241,8 @@ class Accumulator:
         return {name: int((~values.isnan()).sum()) for name, values in self.values().items()}
 
     def result(self) -> dict[str, float]:
-        """Means over the samples that have a metric; of `rotation_degrees` the median. NaN where none has it."""
+        """Means over the samples that have a metric; of `rotation_degrees` medians. NaN where none has it."""
         return {
-            name: float(values.nanmedian() if name == "rotation_degrees" else values.nanmean())
+            name: float(values.nanmedian() if name.startswith("rotation_degrees") else values.nanmean())
             for name, values in self.values().items()
         }

@@ -85,7 +85,8 @@ def test_the_truth_is_perfect() -> None:
     found = numbers(right(make_batch()), make_batch())
     for name, value in found.items():
         perfect = any(part in name for part in ("delta", "apd", "inlier", "auc"))
-        expected = 1.0 if perfect else 1.0 if name == "flow_epe_dynamic_zero" else 0.0
+        moved = name in ("flow_epe_dynamic_zero", "translation_error_zero")  # baselines: by one metre, without a turn
+        expected = 1.0 if perfect or moved else 0.0
         assert value == pytest.approx(expected, abs=1e-6), name
 
 
@@ -192,6 +193,8 @@ def test_rotation_and_translation() -> None:
     found = numbers(outputs, batch)
     assert found["rotation_degrees"] == pytest.approx(4, abs=1e-3)  # of 1, 4 and 30; view 0 does not count
     assert found["translation_error"] == pytest.approx((0.5 + 1 + 0) / 3)
+    assert found["rotation_degrees_zero"] == pytest.approx(20, abs=1e-3)
+    assert found["translation_error_zero"] == pytest.approx(2)
 
 
 def test_pose_auc() -> None:
