@@ -93,18 +93,14 @@ def _prepare_heads(model: Any4D) -> None:
         hidden, last = head.conv2[0], head.conv2[2]
         assert isinstance(hidden, nn.Conv2d) and isinstance(last, nn.Conv2d)
         for conv in (head.conv1, hidden):
+            assert conv.bias is not None
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-            _zero(conv.bias)
+            nn.init.zeros_(conv.bias)
         _begin_at(last, usual)
     if model.config.scene.pose_head:
         _begin_at(model.pose_head.fc_t, [0.0] * 3)
         _begin_at(model.pose_head.fc_rot, [0.0, 0.0, 0.0, 1.0])
     _begin_at(model.scale_head.output_proj, [1.0])
-
-
-def _zero(bias: Tensor | None) -> None:
-    if bias is not None:
-        bias.zero_()
 
 
 def _begin_at(layer: nn.Linear | nn.Conv2d, values: list[float]) -> None:
