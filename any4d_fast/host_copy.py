@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -11,17 +14,27 @@ Outputs = dict[str, Tensor]
 
 ALIGNMENT = 512  # bytes: any dtype, and whole lines of a copy
 AHEAD = 2  # chunks that may wait for their copy: the device holds the outputs of so many, and of the one computed
+# Bytes pinned at once: some 18 views of 518 x 336, so that whoever keeps one view keeps no more than these, and a
+# power of two, to which PyTorch rounds up.
+BLOCK = 1 << 28
 
 
 class HostCopies:
     """Copies on a stream of their own. The result of `add` is valid after `wait`.
 
-    The outputs of one `add` share one block of pinned memory, which is freed when the last of them is.
+    Outputs that are added one after the other share blocks of pinned memory; a block is freed when the last tensor in
+    it is.
+
+    Args:
+        device: where the outputs come from; on a CPU they are handed through.
+        expected: bytes of all outputs to come, for which memory is pinned while the GPU computes them.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, expected: int = 0) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        on_gpu = device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if on_gpu else None
+        self._memory = HostMemory(expected if on_gpu else 0, device if on_gpu else None)
         self._events: list[torch.cuda.Event] = []
 
     def add(self, outputs: Sequence[Outputs]) -> list[Outputs]:
@@ -29,7 +42,7 @@ class HostCopies:
         if self._stream is None:
             return [dict(view) for view in outputs]
         unique = list({id(t): t for view in outputs for t in view.values()}.values())
-        copies = dict(zip(map(id, unique), carved(unique, pinned=True), strict=True))
+        copies = dict(zip(map(id, unique), self._memory.take(unique), strict=True))
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             for tensor in unique:
@@ -45,15 +58,55 @@ class HostCopies:
         while self._events:
             self._events.pop(0).synchronize()
 
+    def __enter__(self) -> HostCopies:
+        return self
 
-def carved(like: Sequence[Tensor], *, pinned: bool) -> list[Tensor]:
-    """Uninitialised contiguous tensors in host memory, of the shapes and dtypes of others, out of one allocation."""
-    places = [0]
-    for tensor in like:
-        size = tensor.numel() * tensor.element_size()
-        places.append(places[-1] + -(-size // ALIGNMENT) * ALIGNMENT)
-    block = torch.empty(places[-1], dtype=torch.uint8, pin_memory=pinned)
-    return [
-        block[start : start + t.numel() * t.element_size()].view(t.dtype).view(t.shape)
-        for start, t in zip(places[:-1], like, strict=True)
-    ]
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._memory.close()
+
+
+class HostMemory:
+    """Host memory in blocks, which a thread allocates ahead of their use.
+
+    The driver pins about as many bytes a second as a disk reads: outputs of 1,000 views would wait longer for their
+    memory than for the heads that compute them, if it was not pinned while the transformer runs.
+
+    Args:
+        expected: bytes that will be taken, as far as they are known. Whole blocks of them are allocated ahead; what is
+            missing in the end is allocated when it is asked for, and what is too much is not begun, or freed.
+        device: the GPU that memory is pinned for; None: pageable memory.
+    """
+
+    def __init__(self, expected: int, device: torch.device | None) -> None:
+        self._device = device
+        self._free = torch.empty(0, dtype=torch.uint8)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="any4d_fast pinning")
+        self._ahead: deque[Future[Tensor]] = deque(
+            self._thread.submit(self._allocate, BLOCK) for _ in range(expected // BLOCK)
+        )
+
+    def take(self, like: Sequence[Tensor]) -> list[Tensor]:
+        """Uninitialised contiguous tensors of the shapes and dtypes of others."""
+        sizes = [-(-t.numel() * t.element_size() // ALIGNMENT) * ALIGNMENT for t in like]
+        left, found = sum(sizes), []
+        for tensor, size in zip(like, sizes, strict=True):
+            if size > self._free.numel():
+                ready = self._ahead and size <= BLOCK
+                self._free = self._ahead.popleft().result() if ready else self._allocate(left)
+            place, self._free = self._free[:size], self._free[size:]
+            found.append(place[: tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape))
+            left -= size
+        return found
+
+    def close(self) -> None:
+        """Allocate no more ahead."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._ahead.clear()
+
+    def _allocate(self, size: int) -> Tensor:
+        if self._device is None:
+            return torch.empty(size, dtype=torch.uint8)
+        with torch.cuda.device(self._device):
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True)

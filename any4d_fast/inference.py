@@ -12,6 +12,7 @@ from torch import Tensor
 from .config import ModalityConfig
 from .host_copy import HostCopies, Outputs
 from .inputs import prepare_views
+from .memory import finished_bytes
 from .outputs import ViewFinisher
 from .precision import EXACT, check_name
 from .prepared import PreparedViews
@@ -64,7 +65,7 @@ def infer(
             None: half of what is free. On a CPU it is what the heads alone may take, 1 GiB by default.
             `any4d_fast.memory` counts what a call takes: 25 GB for 1,000 views of 518 x 336, and 8 GB of derived maps.
         outputs_to: "device", or "cpu" to move the finished outputs of every few views to pinned host memory while the
-            GPU computes the next ones; the outputs of those views share one block of memory.
+            GPU computes the next ones; outputs of neighbouring views, 256 MiB of them, share one block of memory.
         cuda_graphs: replay a captured CUDA graph: where it pays (None), at any size (True), never (False); see
             `any4d_fast.graphs`. With `outputs_to="cpu"` never.
         precision: "exact", or "fp8" for 8-bit attention and linear layers in encoder and multi-view transformer, faster
@@ -142,15 +143,16 @@ def _run_to_host(
     precision: str,
 ) -> list[Outputs]:
     """Outputs are finished and copied to the host chunk by chunk, so that the device holds those of a few views."""
-    device = prepared.views[0]["img"].device
-    copies = HostCopies(device)
+    images = [view["img"] for view in prepared.views]
+    device = images[0].device
+    with HostCopies(device, sum(len(image) * finished_bytes(*image.shape[-2:]) for image in images)) as copies:
 
-    def finish(first: int, chunk: list[Outputs]) -> list[Outputs]:
-        with torch.autocast(device.type, enabled=False):
-            return copies.add([finisher(first + i, view) for i, view in enumerate(chunk)])
+        def finish(first: int, chunk: list[Outputs]) -> list[Outputs]:
+            with torch.autocast(device.type, enabled=False):
+                return copies.add([finisher(first + i, view) for i, view in enumerate(chunk)])
 
-    found = model.run(prepared.views, modalities, minibatch_size, finish, memory_budget, precision=precision)
-    copies.wait()
+        found = model.run(prepared.views, modalities, minibatch_size, finish, memory_budget, precision=precision)
+        copies.wait()
     return found
 
 
