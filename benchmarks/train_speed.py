@@ -35,6 +35,7 @@ PROVIDERS: dict[str, list[str]] = {
     "any4d_fast:nograph": ["run.backend=auto"],
     "any4d_fast:compile": ["run.backend=auto", "run.compile=true"],
     "any4d_fast:auto": ["run.backend=auto", "run.cuda_graph=true"],
+    "any4d_fast:recompute": ["run.backend=auto", "run.cuda_graph=true", 'model.recompute=["mlp", "heads"]'],
 }
 """Settings beyond the configuration's, by provider."""
 
