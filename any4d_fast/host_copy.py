@@ -27,14 +27,14 @@ class HostCopies:
 
     Args:
         device: where the outputs come from; on a CPU they are handed through.
-        expected: bytes of all outputs to come, for which memory is pinned while the GPU computes them.
+        views: dictionaries to come.
     """
 
-    def __init__(self, device: torch.device, expected: int = 0) -> None:
+    def __init__(self, device: torch.device, views: int) -> None:
         self._device = device
-        on_gpu = device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if on_gpu else None
-        self._memory = HostMemory(expected if on_gpu else 0, device if on_gpu else None)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._memory = HostMemory(device)
+        self._views = views
         self._events: list[torch.cuda.Event] = []
 
     def add(self, outputs: Sequence[Outputs]) -> list[Outputs]:
@@ -42,6 +42,8 @@ class HostCopies:
         if self._stream is None:
             return [dict(view) for view in outputs]
         unique = list({id(t): t for view in outputs for t in view.values()}.values())
+        if not self._memory.expects:
+            self._memory.expect(sum(map(padded, unique)) * self._views // len(outputs))
         copies = dict(zip(map(id, unique), self._memory.take(unique), strict=True))
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
@@ -67,29 +69,41 @@ class HostCopies:
         self._memory.close()
 
 
+def padded(tensor: Tensor) -> int:
+    """Bytes of a tensor's place in a block."""
+    return -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
+
+
 class HostMemory:
     """Host memory in blocks, which a thread allocates ahead of their use.
 
-    The driver pins about as many bytes a second as a disk reads: outputs of 1,000 views would wait longer for their
-    memory than for the heads that compute them, if it was not pinned while the transformer runs.
+    The host is seconds ahead of the GPU when the first outputs are added, because nothing before waits for the GPU: of
+    many views, all memory is pinned while the transformer still runs. Pinning takes the driver half a second a GB, and
+    launches wait for it meanwhile.
 
     Args:
-        expected: bytes that will be taken, as far as they are known. Whole blocks of them are allocated ahead; what is
-            missing in the end is allocated when it is asked for, and what is too much is not begun, or freed.
-        device: the GPU that memory is pinned for; None: pageable memory.
+        device: where copies come from: memory is pinned for a GPU, and pageable for a CPU.
     """
 
-    def __init__(self, expected: int, device: torch.device | None) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._device = device
         self._free = torch.empty(0, dtype=torch.uint8)
+        self._thread: ThreadPoolExecutor | None = None
+        self._ahead: deque[Future[Tensor]] = deque()
+
+    @property
+    def expects(self) -> bool:
+        """Whether `expect` was called."""
+        return self._thread is not None
+
+    def expect(self, size: int) -> None:
+        """Begin to allocate whole blocks of so many bytes; `take` allocates what is missing in the end."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="any4d_fast pinning")
-        self._ahead: deque[Future[Tensor]] = deque(
-            self._thread.submit(self._allocate, BLOCK) for _ in range(expected // BLOCK)
-        )
+        self._ahead.extend(self._thread.submit(self._allocate, BLOCK) for _ in range(size // BLOCK))
 
     def take(self, like: Sequence[Tensor]) -> list[Tensor]:
         """Uninitialised contiguous tensors of the shapes and dtypes of others."""
-        sizes = [-(-t.numel() * t.element_size() // ALIGNMENT) * ALIGNMENT for t in like]
+        sizes = [padded(tensor) for tensor in like]
         left, found = sum(sizes), []
         for tensor, size in zip(like, sizes, strict=True):
             if size > self._free.numel():
@@ -102,11 +116,12 @@ class HostMemory:
 
     def close(self) -> None:
         """Allocate no more ahead."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        if self._thread is not None:
+            self._thread.shutdown(wait=False, cancel_futures=True)
         self._ahead.clear()
 
     def _allocate(self, size: int) -> Tensor:
-        if self._device is None:
+        if self._device.type != "cuda":
             return torch.empty(size, dtype=torch.uint8)
         with torch.cuda.device(self._device):
             return torch.empty(size, dtype=torch.uint8, pin_memory=True)

@@ -12,7 +12,6 @@ from torch import Tensor
 from .config import ModalityConfig
 from .host_copy import HostCopies, Outputs
 from .inputs import prepare_views
-from .memory import finished_bytes
 from .outputs import ViewFinisher
 from .precision import EXACT, check_name
 from .prepared import PreparedViews
@@ -143,9 +142,8 @@ def _run_to_host(
     precision: str,
 ) -> list[Outputs]:
     """Outputs are finished and copied to the host chunk by chunk, so that the device holds those of a few views."""
-    images = [view["img"] for view in prepared.views]
-    device = images[0].device
-    with HostCopies(device, sum(len(image) * finished_bytes(*image.shape[-2:]) for image in images)) as copies:
+    device = prepared.views[0]["img"].device
+    with HostCopies(device, len(prepared.views)) as copies:
 
         def finish(first: int, chunk: list[Outputs]) -> list[Outputs]:
             with torch.autocast(device.type, enabled=False):

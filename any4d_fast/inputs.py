@@ -164,7 +164,7 @@ def _read_view(
     normalised = "data_norm_type" in view
     if normalised:
         _check_norm_type(view["data_norm_type"], where("data_norm_type"), norm_type)
-    image = load_image(view["img"], where("img"), normalised=normalised).to(device)
+    image = load_image(view["img"], where("img"), normalised=normalised, device=device)
     batch, hw = image.shape[0], (image.shape[2], image.shape[3])
     model_hw = target_size(hw, size, patch_size)
     resized = resize_image(image, model_hw)

@@ -113,11 +113,6 @@ def output_bytes(height: int, width: int) -> int:
     return height * width * (STREAM * (3 + 3 + 3 + 1 + 3 + 1 + 1) + 1)
 
 
-def finished_bytes(height: int, width: int) -> int:
-    """Bytes of one image's outputs as `infer` returns them at the model's size: image, z-depth and mask beside them."""
-    return output_bytes(height, width) + height * width * (STREAM * (3 + 1) + 1)
-
-
 @dataclass(frozen=True)
 class Footprint:
     """Bytes alive at the peak of each stage, weights left out."""

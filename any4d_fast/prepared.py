@@ -100,7 +100,7 @@ class PreparedViews:
         if not given_size or size.given == size.model:
             return denormalise_image(view["img"], norm_type)
         source, normalised = self._sources[index]
-        image = load_image(source, where, normalised=normalised).to(view["img"].device)
+        image = load_image(source, where, normalised=normalised, device=view["img"].device)
         if tuple(image.shape[-2:]) != size.given:
             fail(where, f"an image of {size.given}", f"{tuple(image.shape[-2:])}", "do not replace the file meanwhile")
         return denormalise_image(image, norm_type) if normalised else image.permute(0, 2, 3, 1)

@@ -76,7 +76,7 @@ def to_real(value: Any, where: str, expected: str) -> Tensor:
     return tensor.double()
 
 
-def load_image(value: Any, where: str, *, normalised: bool = False) -> Tensor:
+def load_image(value: Any, where: str, *, normalised: bool = False, device: torch.device | None = None) -> Tensor:
     """An image as a person has it, as RGB [B, 3, H, W] float32 (0..1 unless `normalised`).
 
     Args:
@@ -85,6 +85,8 @@ def load_image(value: Any, where: str, *, normalised: bool = False) -> Tensor:
             both layouts counts as channels first.
         where: name in error messages.
         normalised: a float image from which mean and standard deviation are already taken out.
+        device: where the image goes; by default where it is. Bytes are sent before they become floats, which are four
+            times as many.
 
     Raises:
         InputError: if it cannot be read, is empty, has a wrong shape, or values that are not finite or out of range.
@@ -100,14 +102,15 @@ def load_image(value: Any, where: str, *, normalised: bool = False) -> Tensor:
     if normalised and image.dtype == torch.uint8:
         fail(where, "a normalised float image, because data_norm_type is given", describe(image),
              "remove data_norm_type for a uint8 image", kind=InputTypeError)  # fmt: skip
-    image = _channels_first(image, where, expected)
     if image.dtype == torch.uint8:
-        return image.float() / 255
-    image = image.float()
+        image = _channels_first(image.to(device), where, expected).float()
+        # By a tensor: a number's reciprocal would be multiplied with on a GPU, and round otherwise than on a CPU.
+        return image / image.new_full((), 255)
+    image = _channels_first(image, where, expected).float()
     if not bool(image.isfinite().all()):
         fail(where, "finite values", f"{int((~image.isfinite()).sum())} NaN or infinite values", "repair the image")
     if normalised:
-        return image
+        return image.to(device)
     low, high = image.min().item(), image.max().item()
     # A thousandth over the range is what resampling filters overshoot after rounding, not a wrong unit.
     if low < -1e-3 or high > 1 + 1e-3:
@@ -115,7 +118,7 @@ def load_image(value: Any, where: str, *, normalised: bool = False) -> Tensor:
         if high > 2 and low >= 0:
             fix = "divide by 255 or pass uint8"
         fail(where, "a float image within 0..1", f"values from {low:.4g} to {high:.4g}", fix)
-    return image.clamp(0, 1)
+    return image.clamp(0, 1).to(device)
 
 
 def _read_picture(value: Any, where: str, expected: str) -> np.ndarray:

@@ -14,11 +14,10 @@ from torch import Tensor
 from any4d_fast import Any4D, head_loop, host_copy, memory
 from any4d_fast.config import preset
 from any4d_fast.head_precision import use_head_dtype
-from any4d_fast.host_copy import ALIGNMENT, BLOCK, HostCopies, HostMemory
+from any4d_fast.host_copy import ALIGNMENT, HostCopies, HostMemory
 from any4d_fast.memory import (
     balanced,
     chunk_bytes,
-    finished_bytes,
     footprint,
     head_bytes,
     head_chunk,
@@ -67,7 +66,6 @@ def test_bytes_of_one_view_in_the_heads() -> None:
     unfused = head_bytes(head, GRID, 4, unfused=True)
     assert unfused == 4 * (pixels * 128 + 336 * 518 * 3 * 128) + 336 * 518 * 6 * 4
     assert output_bytes(336, 518) == 336 * 518 * 61
-    assert finished_bytes(336, 518) == 336 * 518 * 78
 
 
 def test_a_chunk_divides_its_finest_level() -> None:
@@ -221,7 +219,7 @@ def test_wrong_memory_options_are_refused(options: dict[str, Any], message: str,
 
 def test_host_tensors_share_one_block() -> None:
     like = [torch.zeros(3, 5), torch.zeros(7, dtype=torch.bool), torch.zeros(0, 2), torch.zeros(4, 2).t()]
-    found = HostMemory(0, None).take(like)
+    found = HostMemory(CPU).take(like)
     assert [(t.shape, t.dtype, t.is_contiguous()) for t in found] == [(t.shape, t.dtype, True) for t in like]
     assert len(storages(found)) == 1
     assert all(t.storage_offset() * t.element_size() % ALIGNMENT == 0 for t in found)
@@ -230,21 +228,16 @@ def test_host_tensors_share_one_block() -> None:
     assert [t.float().mean().item() for t in (found[0], found[1], found[3])] == [0, 1, 3]
 
 
-def test_finished_bytes_are_those_that_infer_returns(model: Any4D) -> None:
-    found = model.infer([{"img": torch.zeros(28, 42, 3, dtype=torch.uint8)}] * 2, size=(28, 42))
-    for view in found:
-        maps = {key: t for key, t in view.items() if t.numel() >= 28 * 42}
-        assert sum(t.numel() * t.element_size() for t in maps.values()) == finished_bytes(28, 42), sorted(maps)
-
-
 def storages(tensors: Sequence[torch.Tensor]) -> set[int]:
     return {t.untyped_storage().data_ptr() for t in tensors}
 
 
 def test_host_memory_is_allocated_ahead_in_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_copy, "BLOCK", 4 * ALIGNMENT)
-    memory, asked = HostMemory(11 * ALIGNMENT, None), []
+    memory, asked = HostMemory(CPU), []
     allocate = memory._allocate
+    memory.expect(11 * ALIGNMENT)
+    assert len(memory._ahead) == 2
     for future in memory._ahead:
         assert len(future.result()) == 4 * ALIGNMENT
     monkeypatch.setattr(memory, "_allocate", lambda size: asked.append(size) or allocate(size))
@@ -271,16 +264,19 @@ def test_closed_host_memory_allocates_nothing_more(monkeypatch: pytest.MonkeyPat
         return torch.empty(size, dtype=torch.uint8)
 
     monkeypatch.setattr(HostMemory, "_allocate", allocate)
-    memory = HostMemory(100 * ALIGNMENT, None)
+    memory = HostMemory(CPU)
+    memory.expect(100 * ALIGNMENT)
+    thread = memory._thread
+    assert thread is not None
     memory.close()
     go.set()
-    memory._thread.shutdown(wait=True)
+    thread.shutdown(wait=True)
     assert len(begun) <= 1
 
 
 def test_host_copies_without_a_gpu_hand_through() -> None:
     tensor = torch.ones(2)
-    with HostCopies(CPU, 10 * BLOCK) as copies:
+    with HostCopies(CPU, 2) as copies:
         found = copies.add([{"a": tensor}, {"a": tensor}])
         copies.wait()
     assert [view["a"] is tensor for view in found] == [True, True]

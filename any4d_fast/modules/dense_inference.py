@@ -325,8 +325,23 @@ def pack_tokenizer(module: DenseTokenizer, dtype: torch.dtype) -> TokenizerWeigh
     )
 
 
+PATCHES_AT_ONCE = 21_312
+"""Patches that a tokenizer's convolutions take at once: 24 images of 24 x 37.
+
+cuDNN's 3x3 convolutions of 592 to 1,024 channels reach 680 to 750 TFLOP/s there, and fall to 250 at 41 images, where
+it takes another algorithm (kernels/notes/tokenize.md).
+"""
+
+
 def tokenize(weights: TokenizerWeights, x: Tensor, patch: int, dtype: torch.dtype, flag: Tensor) -> Tensor:
     """[N, H, W, channels] -> [N, T, C] in `dtype`: a dense tokenizer up to its LayerNorm."""
+    patches = x.shape[0] * (x.shape[1] // patch) * (x.shape[2] // patch)
+    parts = x.chunk(-(-patches // PATCHES_AT_ONCE))
+    found = [_tokenize_part(weights, part, patch, dtype, flag) for part in parts]
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _tokenize_part(weights: TokenizerWeights, x: Tensor, patch: int, dtype: torch.dtype, flag: Tensor) -> Tensor:
     x = dense_maps.patches(x, patch, dtype, flag)
     x = dense_maps.finish(convolve(x, weights.first), weights.first.bias, flag)[0]
     for conv1, conv2, shortcut in weights.units:

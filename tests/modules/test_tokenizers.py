@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from any4d_fast.modules import dense_inference
 from any4d_fast.modules.tokenizers import DenseTokenizer, VectorTokenizer
 from any4d_fast.ops.dense_maps import new_flag
 from any4d_fast.testing import relative_error
@@ -59,6 +60,21 @@ def test_a_dense_tokenizer_in_16_bits_is_the_same_function(
     assert relative_error(found, expected) <= ROUNDING_STEPS * STEP[dtype]
     module.encoder[-1].weight.mul_(-1.5)  # what is kept of the weights follows them
     assert relative_error(module(x, dtype, flag), module(x)) <= ROUNDING_STEPS * STEP[dtype]
+
+
+@torch.no_grad()
+def test_many_images_go_through_a_tokenizer_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, sizes = tokenizer(3, (12, 16)), []
+    x = torch.randn(5, 18, 30, 3, generator=torch.Generator().manual_seed(0))
+    whole, patches = module(x, torch.float16, new_flag(x.device)), dense_inference.dense_maps.patches
+    monkeypatch.setattr(dense_inference, "PATCHES_AT_ONCE", 2 * 15 + 14)
+    monkeypatch.setattr(dense_inference.dense_maps, "patches", lambda x, *o: (sizes.append(len(x)), patches(x, *o))[1])
+    assert relative_error(module(x, torch.float16, new_flag(x.device)), whole) <= STEP[torch.float16]
+    assert sizes == [3, 2]
+    sizes.clear()
+    monkeypatch.setattr(dense_inference, "PATCHES_AT_ONCE", 1)  # less than an image
+    module(x, torch.float16, new_flag(x.device))
+    assert sizes == [1] * 5
 
 
 @pytest.mark.parametrize(
