@@ -5,22 +5,26 @@
         --set "data.stream.sizes=[[336,518]]"
 
 A step is forward, losses, backward, clipping and AdamW under bfloat16 autocast, and the average of the weights. All
-providers draw the same inputs from the same seed. Peak memory is everything that is allocated, weights and the batch
-too. Rows are of the suite `train`; `ms` is the median over windows of steps, by the host's clock.
+providers draw the same inputs from the same seed. torch.compile has the model alone: the backward of the reference's
+losses, which it fuses into one kernel, is what the Triton of PyTorch 2.11 fails on. Peak memory is everything that is
+allocated, weights and the batch too. Rows are of the suite `train`; `ms` is the median over windows of steps, by the
+host's clock.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
+from any4d_fast.train import step
 from any4d_fast.train.config import TrainConfig
 from any4d_fast.train.schedule import ema_decay, learning_rate_factor, step_seed
 from any4d_fast.train.sources import Fed
@@ -40,6 +44,18 @@ PROVIDERS: dict[str, list[str]] = {
 """Settings beyond the configuration's, by provider."""
 
 WARM_UP, WINDOWS, WINDOW_SECONDS, LEAST = 8, 7, 0.5, 5
+
+
+@contextlib.contextmanager
+def losses_in_eager_mode(wanted: bool) -> Iterator[None]:
+    """A graph break before the losses."""
+    original = step.compute_losses
+    if wanted:
+        step.compute_losses = torch.compiler.disable(original)
+    try:
+        yield
+    finally:
+        step.compute_losses = original
 
 
 def take_step(trainer: Trainer, fed: Fed) -> None:
@@ -106,7 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             plain = ["run.cuda_graph=false", "run.validate_every=0"]
             assignments = [*plain, *options.set, *PROVIDERS[provider]]
             try:
-                row = measure(TrainConfig.load(options.config, assignments, output=folder), provider)
+                with losses_in_eager_mode(provider.startswith("compile")):
+                    row = measure(TrainConfig.load(options.config, assignments, output=folder), provider)
             except Exception as error:  # one provider must not take the others with it
                 print(f"FAILED: {provider}: {error}", file=sys.stderr)
                 failed.append(provider)
