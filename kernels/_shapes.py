@@ -29,6 +29,39 @@ def row_times(row, x, y, z):
 
 
 @triton.jit
+def triple(pointer, like):
+    """Three consecutive numbers a lane, in blocks shaped as `like`.
+
+    A loop, which LLVM unrolls: for every load at a computed address a lane, Triton's choice of layouts walks through
+    most of the kernel, and a pointer that a loop carries is not walked from. The zeros are apart because Triton's front
+    end takes names of one value, exchanged in a loop, for unchanged.
+    """
+    a = like * 0.0
+    b = like * 0.0
+    c = like * 0.0
+    for _ in range(3):
+        a, b, c = b, c, tl.load(pointer)
+        pointer += 1
+    return a, b, c
+
+
+@triton.jit
+def mapped(row, x, y, z):
+    """The linear part of a 3 x 4 map a lane times a vector, and the map's translation; a loop as in `triple`."""
+    ax = x * 0.0
+    ay = x * 0.0
+    az = x * 0.0
+    bx = x * 0.0
+    by = x * 0.0
+    bz = x * 0.0
+    for _ in range(3):
+        ax, ay, az = ay, az, row_times(row, x, y, z)
+        bx, by, bz = by, bz, tl.load(row + 3)
+        row += 4
+    return ax, ay, az, bx, by, bz
+
+
+@triton.jit
 def _nonzero(x):
     return tl.where(x == 0.0, 4 * _TINY, x)
 
@@ -111,10 +144,10 @@ def solid(kind, row, ox, oy, oz, dx, dy, dz):
 @triton.jit
 def normal(kind, size, x, y, z):
     """Outward unit normals at surface points; +z on both sides of a plane."""
-    sx = tl.load(size)
+    sx, sy, sz = triple(size, x)
     ix = sx - tl.abs(x)
-    iy = tl.load(size + 1) - tl.abs(y)
-    iz = tl.load(size + 2) - tl.abs(z)
+    iy = sy - tl.abs(y)
+    iz = sz - tl.abs(z)
     face_x = (kind == BOX) & (ix <= iy) & (ix <= iz)
     face_y = (kind == BOX) & (ix > iy) & (iy <= iz)
     radial = tl.sqrt(x * x + y * y)

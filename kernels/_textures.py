@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._shapes import row_times
+from ._shapes import triple
 
 # Numbers of `textures.TEXTURES`; what is none of these is stripes.
 CHECKER, STRIPES, TILES, SINES, NOISE = (tl.constexpr(number) for number in range(5))
@@ -89,22 +89,28 @@ def _soft_square(periods, sharpness):
 def albedo(texture, x, y, z, footprint):
     """Linear RGB of surface points in the object's frame; `texture` points to each point's row of the table."""
     kind = tl.load(texture).to(tl.int32)
-    frequency = tl.load(texture + 1)
-    phase_x = tl.load(texture + 4)
-    phase_y = tl.load(texture + 5)
-    phase_z = tl.load(texture + 6)
+    frequency, frequency_y, frequency_z = triple(texture + 1, x)
+    phase_x, phase_y, phase_z = triple(texture + 4, x)
     u = x * frequency + phase_x
-    v = y * tl.load(texture + 2) + phase_y
-    w = z * tl.load(texture + 3) + phase_z
+    v = y * frequency_y + phase_y
+    w = z * frequency_z + phase_z
     blur = frequency * footprint
     sharpness = 1.0 / (3.141592653589793 * tl.maximum(blur, 0.02))
-    across = row_times(texture + 7, x, y, z) * frequency
-    checker = _soft_square(u, sharpness) * _soft_square(v, sharpness) * _soft_square(w, sharpness)
+    ax, ay, az = triple(texture + 7, x)
+    across = (ax * x + ay * y + az * z) * frequency
+    # This loop and the next keep Triton's own passes short; LLVM unrolls this one.
+    checker = x * 0.0 + 1.0
+    for axis in range(3):
+        checker *= _soft_square(tl.where(axis == 0, u, tl.where(axis == 1, v, w)), sharpness)
     stripes = _soft_square(across + phase_x, sharpness)
 
     # 64 periods of offset give every texture its own part of the noise.
-    coarse = _value_noise(0.7 * u + 64.0 * phase_x, 0.7 * v + 64.0 * phase_y, 0.7 * w + 64.0 * phase_z)
-    fine = _value_noise(3.1 * u + 64.0 * phase_x, 3.1 * v + 64.0 * phase_y, 3.1 * w + 64.0 * phase_z)
+    coarse = x * 0.0
+    fine = x * 0.0
+    for octave in range(2):
+        scale = tl.where(octave == 0, 0.7, 3.1)
+        coarse = fine
+        fine = _value_noise(scale * u + 64.0 * phase_x, scale * v + 64.0 * phase_y, scale * w + 64.0 * phase_z)
     noise = coarse - 0.5 + (fine - 0.5) * clamped(2.0 - 12.0 * blur, 0.0, 1.0)
     cell_u = tl.floor(u)
     cell_v = tl.floor(v)
@@ -123,7 +129,6 @@ def albedo(texture, x, y, z, footprint):
     visible = clamped(2.0 - 4.0 * blur, 0.0, 1.0)
     weight = 0.5 + 0.5 * pattern * visible
     shade = 1.0 + tl.load(texture + 16) * noise * visible
-    red = mixed(tl.load(texture + 10), tl.load(texture + 13), weight) * shade
-    green = mixed(tl.load(texture + 11), tl.load(texture + 14), weight) * shade
-    blue = mixed(tl.load(texture + 12), tl.load(texture + 15), weight) * shade
-    return red, green, blue
+    r0, g0, b0 = triple(texture + 10, x)
+    r1, g1, b1 = triple(texture + 13, x)
+    return mixed(r0, r1, weight) * shade, mixed(g0, g1, weight) * shade, mixed(b0, b1, weight) * shade

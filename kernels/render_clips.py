@@ -28,7 +28,7 @@ from any4d_fast.reference.render_clips import (
     RenderedClips,
 )
 
-from ._shapes import FROM_VIEW, INF, PLANE, SIZE, meets, normal, offsets, plane, row_times, solid
+from ._shapes import FROM_VIEW, INF, PLANE, SIZE, mapped, meets, normal, offsets, plane, row_times, solid, triple
 from ._textures import albedo, clamped, lattice, mixed
 from .aot import AotCase
 
@@ -128,13 +128,8 @@ def _sample(clip, view, primitives, textures, first, end, x, y, SHADOWS: tl.cons
     vx = x * z
     vy = y * z
     row = primitives + slot * _PRIMITIVE_WIDTH
-    m = row + FROM_VIEW
-    ox = tl.load(m + 3)
-    oy = tl.load(m + 7)
-    oz = tl.load(m + 11)
-    ex = row_times(m, vx, vy, z)  # from the camera to the point, in the object's frame
-    ey = row_times(m + 4, vx, vy, z)
-    ez = row_times(m + 8, vx, vy, z)
+    # From the camera to the point, and the camera itself, in the object's frame.
+    ex, ey, ez, ox, oy, oz = mapped(row + FROM_VIEW, vx, vy, z)
     px = ex + ox
     py = ey + oy
     pz = ez + oz
@@ -146,16 +141,18 @@ def _sample(clip, view, primitives, textures, first, end, x, y, SHADOWS: tl.cons
     footprint = distance / tl.load(clip + _FOCAL) / tl.maximum(tl.abs(facing) / distance, 0.15)
     red, green, blue = albedo(textures + slot * _TEXTURE_WIDTH, px, py, pz, footprint)
 
-    lx = tl.load(row + _LIGHT) - px
-    ly = tl.load(row + _LIGHT + 1) - py
-    lz = tl.load(row + _LIGHT + 2) - pz
+    lx, ly, lz = triple(row + _LIGHT, px)
+    lx -= px
+    ly -= py
+    lz -= pz
     squared = lx * lx + ly * ly + lz * lz
     reach = tl.sqrt(squared)
     lambert = tl.maximum(outward * (nx * lx + ny * ly + nz * lz) / reach, 0.0)
     if SHADOWS:
         blocker = _first_blocker(view + 3, primitives, end, vx, vy, z)
         lambert = tl.where(blocker >= 1.0 - _TOLERANCE / reach, lambert, 0.0)
-    upward = outward * row_times(row + _UP, nx, ny, nz)
+    ux, uy, uz = triple(row + _UP, nx)
+    upward = outward * (ux * nx + uy * ny + uz * nz)
     light = tl.load(clip + _AMBIENT) * (0.8 + 0.2 * upward)
     light += lambert * tl.load(clip + _POWER) / (squared + tl.load(clip + _SOFTNESS))
 
@@ -174,7 +171,7 @@ def _grain(u, v, layer):
 
 
 @triton.jit
-def _developed(clip, colour, channel: tl.constexpr, count, u, v, view):
+def _developed(clip, colour, channel, count, u, v, view):
     """What the sensor makes of a sum of `count` linear samples."""
     mean = tl.maximum(colour / count, 1e-20)  # black has no logarithm
     value = tl.math.exp2(tl.math.log2(mean) / tl.load(clip + _GAMMA))
@@ -192,14 +189,10 @@ def _store_flow(flows, primitives, flow, flow_mask, dynamic_mask, ids, vx, vy, v
     slot = tl.maximum(ids, 0)
     dynamic = seen & (tl.load(primitives + slot * _PRIMITIVE_WIDTH + _MOVING) > 0.0)
     for view in range(views):
-        m = flows + (view * slots + slot) * 12
-        fx = row_times(m, vx, vy, vz) + tl.load(m + 3)
-        fy = row_times(m + 4, vx, vy, vz) + tl.load(m + 7)
-        fz = row_times(m + 8, vx, vy, vz) + tl.load(m + 11)
-        out = flow + lane * 3
-        tl.store(out, tl.where(dynamic, fx, 0.0), mask=inside)
-        tl.store(out + 1, tl.where(dynamic, fy, 0.0), mask=inside)
-        tl.store(out + 2, tl.where(dynamic, fz, 0.0), mask=inside)
+        for axis in range(3):
+            m = flows + (view * slots + slot) * 12 + axis * 4
+            motion = row_times(m, vx, vy, vz) + tl.load(m + 3)
+            tl.store(flow + lane * 3 + axis, tl.where(dynamic, motion, 0.0), mask=inside)
         tl.store(flow_mask + lane, seen.to(tl.int8), mask=inside)
         tl.store(dynamic_mask + lane, dynamic.to(tl.int8), mask=inside)
         flow += pixels * 3
@@ -277,11 +270,10 @@ def _render_kernel(
         blue += clamped(b * tl.load(clip + _GAIN + 2), 0.0, 1.0)
     count = (samples * samples).to(tl.float32)
     out = images + start * 3 + pixel
-    tl.store(out, _developed(clip, red, 0, count, u, v, view), mask=inside)
-    out += pixels
-    tl.store(out, _developed(clip, green, 1, count, u, v, view), mask=inside)
-    out += pixels
-    tl.store(out, _developed(clip, blue, 2, count, u, v, view), mask=inside)
+    for channel in range(3):
+        colour = tl.where(channel == 0, red, tl.where(channel == 1, green, blue))
+        tl.store(out, _developed(clip, colour, channel, count, u, v, view), mask=inside)
+        out += pixels
 
 
 def render_clips(
