@@ -169,10 +169,14 @@ def problems(calls: Sequence[Call], limit: float) -> list[str]:
     return found
 
 
-def record(calls: Sequence[Call]) -> Path:
+def results_path() -> Path:
+    """The CSV of this GPU."""
+    return results.results_folder() / "first_call" / f"{results.environment()['gpu'].lower().replace(' ', '-')}.csv"
+
+
+def record(calls: Sequence[Call]) -> None:
     """Write the rows; a row replaces the earlier one of the same call."""
-    where = results.environment()
-    path = results.results_folder() / "first_call" / f"{where['gpu'].lower().replace(' ', '-')}.csv"
+    where, path = results.environment(), results_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = [*(f.name for f in fields(Call)), *where]
     rows: dict[tuple[str, ...], dict[str, Any]] = {}
@@ -186,11 +190,10 @@ def record(calls: Sequence[Call]) -> Path:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(row for _, row in sorted(rows.items()))
-    return path
 
 
 def measure_all(options: argparse.Namespace, arguments: Sequence[str]) -> tuple[list[Call], list[str]]:
-    """Every call, and what failed or was left out."""
+    """Every call, recorded as soon as it is there, and what failed."""
     begun, failures, calls = time.monotonic(), [], []
 
     def one(job: str) -> list[Call] | str:
@@ -206,6 +209,7 @@ def measure_all(options: argparse.Namespace, arguments: Sequence[str]) -> tuple[
                 failures += [job] if found.startswith("FAILED") else []
                 continue
             calls += found
+            record(found)
             shown = ", ".join(f"{c.direction} {c.views} views {c.seconds:g} s ({c.kernels} kernels)" for c in found)
             print(f"{job} {found[0].size}: {shown}", flush=True)
     return calls, failures
@@ -229,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     calls, failures = measure_all(options, arguments)
     wrong = [*problems(calls, options.limit), *(f"{job}: failed" for job in failures)]
     if calls:
-        print(f"recorded in {record(calls)}")
+        print(f"recorded in {results_path()}")
     for line in wrong:
         print(line)
     return int(bool(wrong) or not calls)

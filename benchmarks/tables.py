@@ -249,6 +249,8 @@ def model_notes(rows: Iterable[Row]) -> str:
     parts = ["The whole model, random weights, batch 1; memory includes weights and inputs"]
     if any(row.backend == "packed" for row in found):
         parts.append("packed: float32 weights in host memory")
+    if any(row.backend == "recompute" for row in found):
+        parts.append("recompute: MLPs and heads computed again for the backward pass")
     if any("host to host" in row.size for row in found):
         parts.append("host to host: from images in host memory to outputs there, by the host's clock")
     return "; ".join(parts) + ":"

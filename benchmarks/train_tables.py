@@ -10,6 +10,13 @@ from pathlib import Path
 from .results import Row
 from .tables import OURS, by, cell, exponential, gain, grouped, markdown, number, picture
 
+ABOUT_STEPS = {
+    "auto": "; auto replays a step as one CUDA graph",
+    "recompute": "; recompute too, and computes MLPs and heads again for the backward pass",
+    "compile": "; compile: of the model, with the losses in eager mode",
+}
+"""What the table's caption says of a provider, or of a backend of ours."""
+
 HELD_OUT, PARITY = "tiny_heldout.csv", "train_parity.csv"
 
 # The heading, the metrics that share a cell, and how each is written.
@@ -86,8 +93,8 @@ def parts(rows: list[Row]) -> list[str]:
     found = []
     steps = timed(rows, "train")
     if steps:
-        graph = any(row.provider == OURS and row.backend == "auto" for row in steps)
-        about = "; auto replays a step as one CUDA graph" * graph
+        names = {row.backend if row.provider == OURS else row.provider for row in steps}
+        about = "".join(text for name, text in ABOUT_STEPS.items() if name in names)
         found.append(
             "Training: forward, losses, backward, clipping, AdamW and the average of the weights under bfloat16 "
             f"autocast; memory is all that is allocated{about}:"
