@@ -82,7 +82,8 @@ def quats_trans_to_pose(quats: Tensor, trans: Tensor) -> Tensor:
     """[..., 4, 4] rigid poses from quaternions [..., 4] (x, y, z, w, any length) and translations [..., 3]."""
     rotation = roma.unitquat_to_rotmat(quats / quats.norm(dim=-1, keepdim=True).clamp(min=1e-8))
     top = torch.cat([rotation, trans[..., None]], dim=-1)
-    bottom = torch.tensor([0.0, 0.0, 0.0, 1.0], device=top.device, dtype=top.dtype).expand(*top.shape[:-2], 1, 4)
+    bottom = torch.zeros_like(top[..., :1, :])
+    bottom[..., 3].fill_(1)  # where it is: on a GPU, numbers from the host would wait for everything before
     return torch.cat([top, bottom], dim=-2)
 
 

@@ -128,7 +128,7 @@ def infer(
         else:
             raw = model.run(prepared.views, modalities, minibatch_size, None, memory_budget, cuda_graphs, precision)
             with torch.autocast(device.type, enabled=False):
-                outputs = [finisher(index, view) for index, view in enumerate(raw)]
+                outputs = finisher(0, raw)
     return prepared.in_given_order(outputs)
 
 
@@ -147,7 +147,7 @@ def _run_to_host(
 
         def finish(first: int, chunk: list[Outputs]) -> list[Outputs]:
             with torch.autocast(device.type, enabled=False):
-                return copies.add([finisher(first + i, view) for i, view in enumerate(chunk)])
+                return copies.add(finisher(first, chunk))
 
         found = model.run(prepared.views, modalities, minibatch_size, finish, memory_budget, precision=precision)
         copies.wait()

@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+MASK_KEYS = ("pts3d", "non_ambiguous_mask", "conf", "depth_z", "depth_along_ray")
+"""Outputs that `output_mask` reads."""
+
 
 def output_mask(
     out: Mapping[str, Tensor],

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from any4d_fast import geometry, ops
-from any4d_fast.masking import output_mask
+from any4d_fast.masking import MASK_KEYS, output_mask
 from any4d_fast.prepared import PreparedViews
 from any4d_fast.resize import resize_dense, resize_nearest, resize_rays
 from any4d_fast.views import InputError, describe, fail
 
+Outputs = dict[str, Tensor]
+
 _MASKED_KEYS = ("pts3d", "pts3d_cam", "depth_along_ray", "depth_z")
 """Dense geometry that is zeroed outside the mask."""
+
+PIXELS_AT_ONCE = 1_400_000
+"""Pixels that are finished together: 8 views of 518 x 336. A view's 250 small operations take longer to launch than to
+run; those of 8 take some 300 MB while they run."""
 
 _LOGIT_KEYS = ("conf", "non_ambiguous_mask_logits", "motion_mask_logits")
 _BOOL_KEYS = ("non_ambiguous_mask", "motion_mask")
 
 
 def postprocess(
-    raw_outputs: Sequence[dict[str, Tensor]],
+    raw_outputs: Sequence[Outputs],
     prepared: PreparedViews,
     *,
     apply_mask: bool = True,
@@ -32,7 +39,7 @@ def postprocess(
     confidence_percentile: float = 10,
     known: str = "hint",
     original_size: bool = False,
-) -> list[dict[str, Tensor]]:
+) -> list[Outputs]:
     """Add to the model's outputs what follows from them.
 
     Every raw output is kept, and where the scene representation has what they need, these are added:
@@ -83,11 +90,11 @@ def postprocess(
         known=known,
         original_size=original_size,
     )
-    return prepared.in_given_order([finish(index, raw) for index, raw in enumerate(raw_outputs)])
+    return prepared.in_given_order(finish(0, raw_outputs))
 
 
 class ViewFinisher:
-    """`postprocess` view by view: `finisher(index, raw)` with the model's index of the view."""
+    """`postprocess` of some views: `finisher(first, raw_outputs)` of those from the model's index `first` on."""
 
     def __init__(
         self,
@@ -120,42 +127,78 @@ class ViewFinisher:
         self.keep = known == "keep"
         self.original_size = original_size
 
-    def __call__(self, index: int, raw: dict[str, Tensor]) -> dict[str, Tensor]:
-        prepared = self.prepared
-        out = _derive(dict(raw), prepared, index, keep=self.keep)
-        mask = None
+    def __call__(self, first: int, raw_outputs: Sequence[Outputs]) -> list[Outputs]:
+        found: list[Outputs] = []
+        for _, alike in itertools.groupby(raw_outputs, _shapes):
+            views = list(alike)
+            step = max(1, PIXELS_AT_ONCE // self._pixels)
+            for begin in range(0, len(views), step):
+                found += self._finish(first + len(found), views[begin : begin + step])
+        return found
+
+    @property
+    def _pixels(self) -> int:
+        """Of a view of all samples."""
+        height, width = self.prepared.sizes[0].model
+        return len(self.prepared.views[0]["img"]) * height * width
+
+    def _finish(self, first: int, raw_outputs: Sequence[Outputs]) -> list[Outputs]:
+        """Views whose outputs have the same keys and shapes."""
+        prepared, outs = self.prepared, [dict(raw) for raw in raw_outputs]
+        _derive(outs, prepared, first, keep=self.keep)
+        masks: Sequence[Tensor | None] = [None] * len(outs)
         if self.apply_mask:
-            mask = output_mask(
-                out,
+            together = output_mask(
+                {key: _joined(outs, key) for key in MASK_KEYS if key in outs[0]},
                 normal_threshold=self.normal_threshold,
                 depth_threshold=self.depth_threshold,
                 confidence_percentile=self.percentile,
             )
-        if self.original_size:
-            _to_given_size(out, prepared, index, keep=self.keep)
-        if mask is not None:
+            masks = masks if together is None else together.chunk(len(outs))
+        for index, (out, mask) in enumerate(zip(outs, masks, strict=True), start=first):
             if self.original_size:
-                mask = resize_nearest(mask, prepared.sizes[index].given)
-            out["mask"] = mask
-            for key in _MASKED_KEYS:
-                if key in out:
-                    out[key] = torch.where(mask, out[key], 0)
-        return out
+                _to_given_size(out, prepared, index, keep=self.keep)
+            if mask is not None:
+                if self.original_size:
+                    mask = resize_nearest(mask, prepared.sizes[index].given)
+                out["mask"] = mask
+                for key in _MASKED_KEYS:
+                    if key in out:
+                        out[key] = torch.where(mask, out[key], 0)
+        return outs
 
 
-def _derive(out: dict[str, Tensor], prepared: PreparedViews, index: int, *, keep: bool) -> dict[str, Tensor]:
-    """Add image, pose matrix, intrinsics and z-depth to one view's outputs, and put known cameras in their place."""
-    if "cam_quats" in out and "cam_trans" in out:
-        out["camera_poses"] = geometry.quats_trans_to_pose(out["cam_quats"], out["cam_trans"])
+def _shapes(out: Outputs) -> dict[str, torch.Size]:
+    return {key: value.shape for key, value in out.items()}
+
+
+def _joined(outs: Sequence[Outputs], key: str) -> Tensor:
+    """[views * B, ...]"""
+    return outs[0][key] if len(outs) == 1 else torch.cat([out[key] for out in outs])
+
+
+def _derive(outs: list[Outputs], prepared: PreparedViews, first: int, *, keep: bool) -> None:
+    """Add image, pose matrix, intrinsics and z-depth to the views' outputs, and put known cameras in their place."""
+    if "cam_quats" in outs[0] and "cam_trans" in outs[0]:
+        poses = geometry.quats_trans_to_pose(_joined(outs, "cam_quats"), _joined(outs, "cam_trans"))
+        _share(outs, "camera_poses", poses)
     if keep:
-        _keep_known(out, prepared, index)
+        for index, out in enumerate(outs, start=first):
+            _keep_known(out, prepared, index)
     # A ray map's directions are in the world's frame, where they say nothing about the lens.
-    if "ray_directions" in out and "ray_origins" not in out and "intrinsics" not in out:
-        out["intrinsics"] = ops.recover_intrinsics(out["ray_directions"])
-    if "pts3d_cam" in out:
-        out["depth_z"] = out["pts3d_cam"][..., 2:3]
-    out["img_no_norm"] = prepared.image(index)
-    return out
+    unknown = [out for out in outs if "ray_origins" not in out and "intrinsics" not in out]
+    if unknown and "ray_directions" in unknown[0]:
+        _share(unknown, "intrinsics", ops.recover_intrinsics(_joined(unknown, "ray_directions")))
+    for out in outs:
+        if "pts3d_cam" in out:
+            out["depth_z"] = out["pts3d_cam"][..., 2:3]
+    _share(outs, "img_no_norm", prepared.images(range(first, first + len(outs))))
+
+
+def _share(outs: Sequence[Outputs], key: str, joined: Tensor) -> None:
+    """Give each view its part of [views * B, ...]."""
+    for out, part in zip(outs, joined.chunk(len(outs)), strict=True):
+        out[key] = part
 
 
 def _keep_known(out: dict[str, Tensor], prepared: PreparedViews, index: int) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from any4d_fast.views import InputError, denormalise_image, describe, fail, load_image
@@ -98,12 +99,18 @@ class PreparedViews:
         norm_type: str = view["data_norm_type"][0]
         size = self.sizes[index]
         if not given_size or size.given == size.model:
-            return denormalise_image(view["img"], norm_type)
+            return self.images([index])
         source, normalised = self._sources[index]
         image = load_image(source, where, normalised=normalised, device=view["img"].device)
         if tuple(image.shape[-2:]) != size.given:
             fail(where, f"an image of {size.given}", f"{tuple(image.shape[-2:])}", "do not replace the file meanwhile")
         return denormalise_image(image, norm_type) if normalised else image.permute(0, 2, 3, 1)
+
+    def images(self, indices: Sequence[int]) -> Tensor:
+        """Images of several of the model's views at model size, one after the other: [B * views, H, W, 3] in 0..1."""
+        views = [self.views[index] for index in indices]
+        given = views[0]["img"] if len(views) == 1 else torch.cat([view["img"] for view in views])
+        return denormalise_image(given, views[0]["data_norm_type"][0])
 
     def check_known(self, known: str) -> None:
         """Raise unless outputs can be made with `known`, which is worth asking before running the model.

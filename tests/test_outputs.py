@@ -11,8 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from any4d_fast import geometry
+from any4d_fast import outputs as outputs_module
 from any4d_fast.inputs import InputError, PreparedViews, prepare_views
 from any4d_fast.masking import confident, depth_edges, normal_edges, output_mask, point_normals
 from any4d_fast.outputs import postprocess
@@ -78,6 +80,48 @@ def test_derived_keys_in_the_callers_order() -> None:
         torch.testing.assert_close(out["camera_poses"][0], pose(model + 100), atol=1e-6, rtol=1e-5)
         image = torch.rand(3, H, W, generator=torch.Generator().manual_seed(caller)).permute(1, 2, 0)
         torch.testing.assert_close(out["img_no_norm"][0], image)
+
+
+@pytest.mark.parametrize("options", [{}, {"apply_mask": False}, {"apply_confidence_mask": True}, {"known": "keep"}])
+@pytest.mark.parametrize("original_size", [False, True])
+def test_views_finished_together_are_those_finished_alone(
+    options: dict[str, Any], original_size: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = prepared_views(5, size=(14, 28) if original_size else None)
+    raw = [raw_output(i, hw=prepared.sizes[0].model) for i in range(5)]
+    found = []
+    for views in (1, 2, 5):
+        monkeypatch.setattr(outputs_module, "PIXELS_AT_ONCE", views * math.prod(prepared.sizes[0].model))
+        found.append(postprocess(raw, prepared, original_size=original_size, **options))
+    for alone, *others in zip(*found, strict=True):
+        for other in others:
+            assert list(alone) == list(other)
+            for key, value in alone.items():  # the fit adds thousands of numbers, in an order that depends on how many
+                atol = 1e-4 if key == "intrinsics" else 0
+                torch.testing.assert_close(other[key], value, atol=atol, rtol=0)
+
+
+class Dispatched(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_finishing_waits_for_nothing_and_launches_little() -> None:
+    """On a GPU the host is ahead of the device then, whatever the number of views."""
+    counts = []
+    for views in (3, 8):
+        prepared, raw = prepared_views(views), [raw_output(i) for i in range(views)]
+        with Dispatched() as seen:
+            postprocess(raw, prepared)
+        # A tensor of numbers from the host, a number of the device's on the host, indices of what is true.
+        assert not {"lift_fresh", "_local_scalar_dense", "nonzero"} & set(seen.names)
+        counts.append(len(seen.names))
+    assert counts[1] - counts[0] <= 5 * 20
 
 
 def numpy_edge_mask(points: np.ndarray, depth: np.ndarray, mask: np.ndarray, degrees: float, rtol: float) -> np.ndarray:
