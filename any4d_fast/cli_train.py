@@ -15,7 +15,12 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def train(
-    config: Annotated[str, typer.Option(help="A TOML file, or a configuration of the package: tiny, finetune, smoke.")],
+    config: Annotated[
+        str,
+        typer.Option(
+            help="A TOML file, or a configuration of the package: tiny_start, tiny_middle, tiny, finetune, smoke."
+        ),
+    ],
     assignments: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Such as optimizer.lr=1e-4; repeatable.")
     ] = None,
