@@ -42,18 +42,23 @@ def _fit_line(ratios: Tensor, pixels: Tensor, valid: Tensor, middle: float) -> t
     Centred before the products are formed: the squares of the means would otherwise cancel in float32.
     """
     weights = valid.to(ratios)
-    count = weights.sum((-2, -1)).clamp(min=1)
+    count = _total(weights).clamp(min=1)
 
     def centred(values: Tensor) -> tuple[Tensor, Tensor]:
-        mean = (weights * values).sum((-2, -1)) / count
+        mean = _total(weights * values) / count
         return weights * (values - mean[..., None, None]), mean
 
     ratios_centred, ratio_mean = centred(ratios)
     pixels_centred, pixel_mean = centred(pixels)
-    variance = (ratios_centred * ratios_centred).sum((-2, -1))
+    variance = _total(ratios_centred * ratios_centred)
     determined = variance > _SPREAD * count
-    covariance = (ratios_centred * pixels_centred).sum((-2, -1))
+    covariance = _total(ratios_centred * pixels_centred)
     slope = covariance / torch.where(determined, variance, torch.ones_like(variance))
     slope = torch.where(determined, slope, torch.zeros_like(slope))
     offset = torch.where(determined, pixel_mean - slope * ratio_mean, torch.full_like(slope, middle))
     return slope, offset
+
+
+def _total(values: Tensor) -> Tensor:
+    """[..., R, C] -> [...]. Added in float64: how many maps are fitted at once decides the order, and must not show."""
+    return values.sum((-2, -1), dtype=torch.float64).to(values)
