@@ -10,7 +10,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-Outputs = dict[str, Tensor]
+from .head_loop import Outputs
 
 ALIGNMENT = 512  # bytes: any dtype, and whole lines of a copy
 AHEAD = 2  # chunks that may wait for their copy: the device holds the outputs of so many, and of the one computed

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .config import ModalityConfig
-from .host_copy import HostCopies, Outputs
+from .head_loop import Outputs
+from .host_copy import HostCopies
 from .inputs import prepare_views
 from .outputs import ViewFinisher
 from .precision import EXACT, check_name

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from any4d_fast import geometry, ops
+from any4d_fast.head_loop import Outputs
 from any4d_fast.masking import MASK_KEYS, output_mask
 from any4d_fast.prepared import PreparedViews
 from any4d_fast.resize import resize_dense, resize_nearest, resize_rays
 from any4d_fast.views import InputError, describe, fail
-
-Outputs = dict[str, Tensor]
 
 _MASKED_KEYS = ("pts3d", "pts3d_cam", "depth_along_ray", "depth_z")
 """Dense geometry that is zeroed outside the mask."""

@@ -169,14 +169,9 @@ def problems(calls: Sequence[Call], limit: float) -> list[str]:
     return found
 
 
-def results_path() -> Path:
-    """The CSV of this GPU."""
-    return results.results_folder() / "first_call" / f"{results.environment()['gpu'].lower().replace(' ', '-')}.csv"
-
-
 def record(calls: Sequence[Call]) -> None:
     """Write the rows; a row replaces the earlier one of the same call."""
-    where, path = results.environment(), results_path()
+    where, path = results.environment(), results.results_path("first_call")
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = [*(f.name for f in fields(Call)), *where]
     rows: dict[tuple[str, ...], dict[str, Any]] = {}
@@ -233,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     calls, failures = measure_all(options, arguments)
     wrong = [*problems(calls, options.limit), *(f"{job}: failed" for job in failures)]
     if calls:
-        print(f"recorded in {results_path()}")
+        print(f"recorded in {results.results_path('first_call')}")
     for line in wrong:
         print(line)
     return int(bool(wrong) or not calls)

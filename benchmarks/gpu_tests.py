@@ -12,7 +12,7 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from benchmarks.results import environment, results_folder
+from benchmarks.results import environment, results_path
 
 OUTCOMES = ("passed", "failed", "skipped")
 
@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
     """Write the CSV; the exit status is 1 when a test failed or none ran."""
     found = count([Path(a) for a in arguments])
     where = environment()
-    path = results_folder() / "tests" / f"{where['gpu'].lower().replace(' ', '-')}.csv"
+    path = results_path("tests")
     path.parent.mkdir(parents=True, exist_ok=True)
     lines: dict[str, list[str]] = {}
     if path.exists():

@@ -119,9 +119,9 @@ def results_folder() -> Path:
     return Path(os.environ.get("ANY4D_FAST_RESULTS", RESULTS))
 
 
-def results_path() -> Path:
-    """The CSV of this GPU."""
-    return results_folder() / (environment()["gpu"].lower().replace(" ", "-") + ".csv")
+def results_path(kind: str = "") -> Path:
+    """The CSV of this GPU; of one `kind` of results, in the folder of that name."""
+    return results_folder() / kind / (environment()["gpu"].lower().replace(" ", "-") + ".csv")
 
 
 def record(rows: Iterable[Row]) -> None:

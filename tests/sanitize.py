@@ -141,10 +141,10 @@ def judge(tool: str, op: str, done: subprocess.CompletedProcess[str], log: str, 
 
 def record(results: Sequence[Result], version: str) -> Path:
     """Write the results to the GPU's CSV; what was not run this time keeps the line of its last run."""
-    from benchmarks.results import environment, results_folder
+    from benchmarks.results import environment, results_path
 
     where = {"sanitizer": version, **environment()}
-    path = results_folder() / "sanitize" / f"{where['gpu'].lower().replace(' ', '-')}.csv"
+    path = results_path("sanitize")
     path.parent.mkdir(parents=True, exist_ok=True)
     lines: dict[tuple[str, str], list[str]] = {}
     if path.exists():

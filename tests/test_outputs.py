@@ -11,13 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from any4d_fast import geometry
 from any4d_fast import outputs as outputs_module
 from any4d_fast.inputs import InputError, PreparedViews, prepare_views
 from any4d_fast.masking import confident, depth_edges, normal_edges, output_mask, point_normals
 from any4d_fast.outputs import postprocess
+from tests.dispatched import Counted, Waits
 
 H, W = 28, 42
 K = torch.tensor([[30.0, 0.0, 20.0], [0.0, 32.0, 13.0], [0.0, 0.0, 1.0]])
@@ -100,26 +100,15 @@ def test_views_finished_together_are_those_finished_alone(
                 assert torch.equal(other[key], value), key
 
 
-class Dispatched(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(function.overloadpacket.__name__)
-        return function(*args, **(kwargs or {}))
-
-
 def test_finishing_waits_for_nothing_and_launches_little() -> None:
     """On a GPU the host is ahead of the device then, whatever the number of views."""
     counts = []
     for views in (3, 8):
         prepared, raw = prepared_views(views), [raw_output(i) for i in range(views)]
-        with Dispatched() as seen:
+        with Waits() as waits, Counted() as counted:
             postprocess(raw, prepared)
-        # A tensor of numbers from the host, a number of the device's on the host, indices of what is true.
-        assert not {"lift_fresh", "_local_scalar_dense", "nonzero"} & set(seen.names)
-        counts.append(len(seen.names))
+        assert waits.found == []
+        counts.append(counted.launches)
     assert counts[1] - counts[0] <= 5 * 20
 
 

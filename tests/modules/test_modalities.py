@@ -9,11 +9,11 @@ import pytest
 import roma
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from any4d_fast import Any4D
 from any4d_fast.config import ModalityConfig
 from any4d_fast.modules.modalities import Modalities, ModalityReader
+from tests.dispatched import Counted
 from tests.golden_cases import golden_views
 from tests.small_models import small_config, small_model
 
@@ -299,18 +299,6 @@ def matrix(view: dict[str, Any], sample: int) -> Tensor:
     pose[:3, :3] = roma.unitquat_to_rotmat(view["camera_pose_quats"][sample].double())
     pose[:3, 3] = view["camera_pose_trans"][sample].double()
     return pose
-
-
-class Counted(TorchDispatchMode):
-    """Counts operators but views: each is a launch on a GPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.launches = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.launches += not func.is_view
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("partial", [False, True])

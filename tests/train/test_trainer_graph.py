@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from any4d_fast import Any4D, backends
 from any4d_fast.train.batch import INPUTS, Batch
@@ -17,24 +14,8 @@ from any4d_fast.train.losses import LossConfig
 from any4d_fast.train.optimizer import Optimizer
 from any4d_fast.train.step import Statistics, TrainingStep
 from any4d_fast.train.stream import StreamConfig, held_out
+from tests.dispatched import Waits
 from tests.small_models import small_config
-
-# Operators that read the device back, give a size that depends on values, or bring numbers from the host.
-WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "lift_fresh", "equal.default")
-
-
-class Waits(TorchDispatchMode):
-    """Notes who would make the host wait on a GPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(name in str(func) for name in WAITING):
-            frames = [frame for frame in traceback.extract_stack() if "any4d_fast" in frame.filename]
-            self.found.append(f"{func} at {frames[-1].filename}:{frames[-1].lineno}" if frames else str(func))
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture
