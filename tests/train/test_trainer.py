@@ -159,7 +159,7 @@ class OneBatch(sources.StreamSource):
 
 def test_loss_falls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "StreamSource", OneBatch)
-    config = cases.settings(tmp_path, inputs=always(), schedule={"steps": 40}, run={"checkpoint_every": 0})
+    config = cases.settings(tmp_path, inputs=always(), schedule={"steps": 60}, run={"checkpoint_every": 0})
     train(config, progress=False)
     column = [float(line.split(",")[1]) for line in cases.losses(tmp_path)[1:]]
     assert column[-1] < 0.7 * column[0]
