@@ -276,10 +276,14 @@ def resize_conv_forward(
     bias3: Tensor,  # [M]
     weight1: Tensor,  # [Cout, M]
     bias1: Tensor,  # [Cout]
+    out_dtype: torch.dtype | None = None,
     config: Tiles | None = None,
 ) -> Tensor:
-    """[N, H, W, Cout] in x's dtype; one strip of scratch, a few dozen megabytes whatever the number of views."""
-    out = torch.empty(x.shape[0], *size, weight1.shape[0], device=x.device, dtype=x.dtype)
+    """[N, H, W, Cout] in `out_dtype` (x's by default).
+
+    One strip of scratch, a few dozen megabytes whatever the number of views.
+    """
+    out = torch.empty(x.shape[0], *size, weight1.shape[0], device=x.device, dtype=out_dtype or x.dtype)
     if out.numel():
         t, _ = shape_of(weight3, x.dtype, x.device.index, config)
         run_layers(x, pack_layers(weight3, bias3, weight1, bias1, x.dtype, t), out, None, t)

@@ -18,14 +18,30 @@ MAX_OUTPUTS = 16
 """Most output channels of the Triton kernels: one tile of the last matmul."""
 
 
-def _forward_impl(x: Tensor, size: list[int], weight3: Tensor, bias3: Tensor, weight1: Tensor, bias1: Tensor) -> Tensor:
+def _forward_impl(
+    x: Tensor,
+    size: list[int],
+    weight3: Tensor,
+    bias3: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    out_dtype: torch.dtype,
+) -> Tensor:
     from ..kernels.resize_conv import resize_conv_forward
 
-    return resize_conv_forward(x, (size[0], size[1]), weight3, bias3, weight1, bias1)
+    return resize_conv_forward(x, (size[0], size[1]), weight3, bias3, weight1, bias1, out_dtype)
 
 
-def _forward_fake(x: Tensor, size: list[int], weight3: Tensor, bias3: Tensor, weight1: Tensor, bias1: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], size[0], size[1], weight1.shape[0])
+def _forward_fake(
+    x: Tensor,
+    size: list[int],
+    weight3: Tensor,
+    bias3: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return x.new_empty(x.shape[0], size[0], size[1], weight1.shape[0], dtype=out_dtype)
 
 
 def _backward_impl(
@@ -69,7 +85,8 @@ def _backward_fake(
 
 _forward = define(
     "resize_conv_forward",
-    "(Tensor x, SymInt[] size, Tensor weight3, Tensor bias3, Tensor weight1, Tensor bias1) -> Tensor",
+    "(Tensor x, SymInt[] size, Tensor weight3, Tensor bias3, Tensor weight1, Tensor bias1, ScalarType out_dtype) "
+    "-> Tensor",
     _forward_impl,
     _forward_fake,
 )
@@ -110,12 +127,20 @@ class _ResizeConv(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, size: list[int], weight3: Tensor, bias3: Tensor, weight1: Tensor, bias1: Tensor, tf32: bool
+        ctx: Any,
+        x: Tensor,
+        size: list[int],
+        weight3: Tensor,
+        bias3: Tensor,
+        weight1: Tensor,
+        bias1: Tensor,
+        tf32: bool,
+        out_dtype: torch.dtype,
     ) -> Tensor:
         ctx.save_for_backward(x, weight3, bias3, weight1)
         ctx.tf32 = tf32
         ctx.bias1_dtype = bias1.dtype
-        return _forward(x, size, weight3, bias3, weight1, bias1)
+        return _forward(x, size, weight3, bias3, weight1, bias1, out_dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -135,6 +160,7 @@ class _ResizeConv(torch.autograd.Function):
             d_bias3.to(bias3.dtype) if need_bias3 and d_bias3 is not None else None,
             d_weight1.to(weight1.dtype) if need_weight1 and d_weight1 is not None else None,
             d_bias1,
+            None,
             None,
         )
 
@@ -204,6 +230,7 @@ def resize_conv(
     weight1: Tensor,
     bias1: Tensor,
     *,
+    out_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """conv1x1(relu(conv3x3(resize(x, size)))), channels-last in and out.
@@ -230,25 +257,30 @@ def resize_conv(
         bias3: [M].
         weight1: [Cout, M] or [Cout, M, 1, 1].
         bias1: [Cout].
+        out_dtype: of the result; torch.float32 leaves the last sums of a map of 16 bits unrounded, and its gradient is
+            rounded to x's dtype. x's by default.
         backend: "triton" (C and M multiples of 16 up to 256, Cout up to 16), "cudnn" (PyTorch's layers on CUDA),
             "eager", or None for the fastest: Triton, but cuDNN for float32 where
             `torch.backends.cuda.matmul.allow_tf32` is not set, and for float32 in training unless
             `torch.use_deterministic_algorithms` is on.
 
     Returns:
-        [N, H, W, Cout] in x's dtype; contiguous from Triton, in the convolution's memory layout from the others.
+        [N, H, W, Cout] in `out_dtype`; contiguous from Triton, in the convolution's memory layout from the others.
 
     Raises:
         ValueError: a shape or dtype is not as above.
         BackendError: `backend` cannot run this call.
     """
     _check(x, size, weight3, bias3, weight1, bias1)
+    if out_dtype not in (None, x.dtype, torch.float32):
+        raise ValueError(f"out_dtype: expected {x.dtype} like x, or torch.float32, got {out_dtype}; convert the result")
+    wanted = out_dtype or x.dtype
     # Measured on an H200 (kernels/notes/resize_conv.md): without tensor cores cuDNN is faster by five.
     first = ("cudnn",) if _exact(x) else ()
     if backends.select("resize_conv", backend, x, size, weight3, bias3, weight1, bias1, first=first) != "triton":
-        return reference_resize_conv(x, size, weight3, bias3, weight1, bias1)
+        return reference_resize_conv(x, size, weight3, bias3, weight1, bias1, wanted)
     result: Tensor = _ResizeConv.apply(
-        x, list(size), weight3, bias3, weight1.flatten(1), bias1, torch.backends.cuda.matmul.allow_tf32
+        x, list(size), weight3, bias3, weight1.flatten(1), bias1, torch.backends.cuda.matmul.allow_tf32, wanted
     )
     return result
 

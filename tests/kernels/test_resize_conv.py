@@ -263,6 +263,29 @@ def test_empty_batch() -> None:
         assert grad.shape == leaf.shape and grad.eq(0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_float32_result_of_16_bits(dtype: torch.dtype) -> None:
+    """Its gradient is rounded to the map's dtype, then all is as for a result of that dtype."""
+    x, *layers = inputs((2, 4, 5, 16), 32, 6, dtype)
+    size = (7, 9)
+    with testing.poisoned_empty():
+        out = resize_conv(x, size, *layers, out_dtype=torch.float32, backend="triton")
+    assert out.dtype == torch.float32
+    oracle = reference(x.double(), size, *(t.double() for t in layers))
+    testing.assert_within_budget(out, oracle, reference(x, size, *layers, torch.float32))
+    assert testing.relative_error(out, oracle) < testing.relative_error(out.to(dtype), oracle)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    op = bound(resize_conv, size, backend="triton")
+    wide = testing.gradients(
+        bound(resize_conv, size, out_dtype=torch.float32, backend="triton"), [x, *layers], [cotangent]
+    )
+    narrow = testing.gradients(op, [x, *layers], [cotangent.to(dtype)])
+    for name, found, expected in zip(NAMES, wide, narrow, strict=True):
+        assert found is not None and expected is not None
+        limit = 0 if name != "bias1" else torch.finfo(dtype).eps  # whose sum takes the gradient unrounded
+        assert testing.relative_error(found, expected) <= limit
+
+
 @pytest.mark.parametrize("tma", [False, True])
 def test_stretches_and_groups(tma: bool) -> None:
     """Tiles smaller than a row, many stretches, one view a group: each with a share of the next one's neighbours."""
@@ -279,7 +302,7 @@ def test_stretches_and_groups(tma: bool) -> None:
     gradients = resize_conv_backward(cotangent, x, weight3, bias3, flat, (True,) * 4)
     for t in (tile, tile._replace(pixel_rows=False, flatten=True, waves=2)):
         with testing.poisoned_empty():
-            out = resize_conv_forward(x, size, weight3, bias3, flat, bias1, t)
+            out = resize_conv_forward(x, size, weight3, bias3, flat, bias1, config=t)
             config = Config(tile, t, tile._replace(pixels=16))
             found = resize_conv_backward(cotangent, x, weight3, bias3, flat, (True,) * 4, config, scratch=1)
         # Two roundings of float16 between sums in different orders.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from any4d_fast.backends import BackendError
 from any4d_fast.ops.resize_conv import resize_conv
-from any4d_fast.testing import assert_within_budget
+from any4d_fast.testing import assert_within_budget, relative_error
 
 
 def inputs(
@@ -76,6 +76,22 @@ def test_parameters_of_another_dtype_and_a_flat_weight() -> None:
     torch.testing.assert_close(out, resize_conv(half, (4, 4), *rounded))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_float32_result_is_not_rounded_to_the_maps_dtype(dtype: torch.dtype) -> None:
+    x, *layers = inputs((2, 5, 4, 16), 16, 3, dtype)
+    layers[0] /= math.sqrt(layers[0][0].numel())
+    oracle = resize_conv(x.double(), (8, 7), *(t.double() for t in layers))
+    leaves = [t.clone().requires_grad_() for t in (x, *layers)]
+    out = resize_conv(leaves[0], (8, 7), *leaves[1:], out_dtype=torch.float32)
+    assert out.dtype == torch.float32
+    assert relative_error(out, oracle) < relative_error(resize_conv(x, (8, 7), *layers), oracle)
+    found = torch.autograd.grad(out, leaves, torch.ones_like(out))
+    plain = torch.autograd.grad(resize_conv(leaves[0], (8, 7), *leaves[1:]), leaves, torch.ones_like(out, dtype=dtype))
+    for grad, other, leaf in zip(found, plain, leaves, strict=True):
+        assert grad.dtype == leaf.dtype
+        assert relative_error(grad, other) < 2 * torch.finfo(dtype).eps
+
+
 def test_gradcheck() -> None:
     leaves = [t.requires_grad_() for t in inputs((1, 3, 2, 2), 3, 2)]
     assert torch.autograd.gradcheck(lambda x, *layers: resize_conv(x, (4, 3), *layers), leaves)
@@ -110,6 +126,7 @@ def test_compiles_fullgraph() -> None:
         ("weight1", torch.zeros(2, 4), r"weight1: expected \[Cout, 5\] or \[Cout, 5, 1, 1\], got \[2, 4\]"),
         ("bias1", torch.zeros(3), r"bias1: expected \[2\], got \[3\]"),
         ("bias1", torch.zeros(2, dtype=torch.int32), "bias1: expected floating point, got torch.int32"),
+        ("out_dtype", torch.float16, "out_dtype: expected torch.float64 like x, or torch.float32, got torch.float16"),
     ],
 )
 def test_errors_name_the_argument(argument: str, value: object, message: str) -> None:
