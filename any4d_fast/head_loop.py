@@ -16,6 +16,7 @@ from . import head_precision
 from .graph_calls import intercepted
 from .memory import GPU_FINE_IMAGES, STREAM, balanced, head_chunk
 from .modules import factors
+from .modules.dense_training import dense_head
 from .modules.dpt import DPTFeatures, DPTRegressor, matmul_tf32, to_head_dtype, token_maps, token_rows
 from .modules.host_weights import head_parameters, resident
 from .ops import dense_maps
@@ -63,7 +64,8 @@ def run_heads(
         One dictionary a view; None where `flags.inputs` was raised: the tokens are wrong.
     """
     last = tokens[-1]
-    dtype = head_precision.head_dtype(last, torch.is_autocast_enabled(last.device.type))
+    mixed = torch.is_autocast_enabled(last.device.type)
+    dtype = head_precision.head_dtype(last, mixed)
     narrow = dtype in head_precision.NARROW
     step = minibatch_size
     if step is None:
@@ -77,7 +79,8 @@ def run_heads(
     few = pays_side_by_side(last.shape[0] * num_views * grid[0] * grid[1], last)
     # Whoever limits memory, or takes views one after the other, does not want the maps of all heads at once.
     parallel = narrow and few and step >= num_views and memory_budget is None
-    loop = _HeadLoop(model, tokens, num_views, grid, finish, parallel)
+    trained_in = head_precision.training_dtype(last, mixed) if torch.is_grad_enabled() else torch.float32
+    loop = _HeadLoop(model, tokens, num_views, grid, finish, parallel, trained_in)
     if narrow:
         flags = flags or head_precision.Flags(last.device)
         with head_precision.float32_sums():
@@ -102,9 +105,11 @@ class _HeadLoop:
         grid: tuple[int, int],
         finish: Finish | None,
         parallel: bool,
+        trained_in: torch.dtype,
     ) -> None:
         self.model = model
         self.parallel = parallel
+        self.trained_in = trained_in  # of the dense heads, with gradients
         self.tokens = tokens
         self.num_views = num_views
         self.grid = grid
@@ -162,10 +167,13 @@ class _HeadLoop:
         """Channels of the geometry and flow heads, logarithms of the scale, and poses."""
         model = self.model
         if dtype is None or flag is None:
-            maps = to_head_dtype([token_maps(t, views, self.grid, self.num_views) for t in self.tokens])
+            maps = [token_maps(t, views, self.grid, self.num_views) for t in self.tokens]
+            maps = maps if self.trained_in in head_precision.NARROW else to_head_dtype(maps)
+            last = to_head_dtype(maps[-1:])[0]
         else:
             maps = self._narrow_maps(views, dtype, flag)
-        rows = maps[-1].permute(0, 2, 3, 1).flatten(1, 2)  # [views * B, T, C]
+            last = maps[-1]
+        rows = last.permute(0, 2, 3, 1).flatten(1, 2)  # [views * B, T, C]
 
         def geometry() -> list[Tensor]:
             return [self._dense(model.dpt_feature_head, model.dpt_regressor_head, maps, flag)]
@@ -191,9 +199,16 @@ class _HeadLoop:
 
     def _dense(self, features: DPTFeatures, regressor: DPTRegressor, maps: list[Tensor], flag: Tensor | None) -> Tensor:
         """[N, H, W, channels] of one head."""
+        if flag is None and self.trained_in in head_precision.NARROW:
+            wait = head_precision.waits()
+            raw, peak = dense_head(features, regressor, maps, self.size, self.trained_in, wait=wait)
+            if not wait or bool(peak.isfinite()):
+                return raw
+            head_precision.warn_of_heads()
+            maps = to_head_dtype(maps)
         if flag is None and regressor.doubles:
-            raw: Tensor = regressor(features(maps, double=False), self.size, double=True)
-            return raw
+            wide: Tensor = regressor(features(maps, double=False), self.size, double=True)
+            return wide
         images = maps[0].shape[0]
         if flag is None or images <= GPU_FINE_IMAGES:
             raw = regressor(features(maps, flag), self.size, flag)

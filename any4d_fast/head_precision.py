@@ -1,10 +1,12 @@
 """Which precision heads and dense tokenizers run in, and what happens where float16 is too narrow.
 
 They follow upstream: float32, with TF32 where the caller runs the model in mixed precision. float16 has TF32's
-mantissa and runs 2.5 times as fast, but holds nothing beyond 65,504. So where upstream would use TF32 and no gradient
-is wanted, they run in float16 and every value that might not fit is looked at on the device, once at the end of a call:
-if one did not fit in a head, the heads run once more in TF32; if one did not fit in a tokenizer, the whole call does
-with the tokenizers in TF32.
+mantissa and runs 2.5 times as fast, but holds nothing beyond 65,504. So where upstream would use TF32 they run in
+float16, and every value that might not fit is looked at on the device, once at the end of a call: if one did not fit in
+a head, the heads run once more in TF32; if one did not fit in a tokenizer, the whole call does with the tokenizers in
+TF32.
+
+With gradients the dense heads alone run in float16 (`modules.dense_training`), and tokenizers and small heads in TF32.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ logger = logging.getLogger("any4d_fast")
 NARROW = (torch.float16, torch.bfloat16)
 
 _CHOSEN: contextvars.ContextVar[torch.dtype | None] = contextvars.ContextVar("head_dtype", default=None)
+_WAITS: contextvars.ContextVar[bool] = contextvars.ContextVar("waits", default=True)
 _WARNED: set[str] = set()
 
 
@@ -32,7 +35,7 @@ _WARNED: set[str] = set()
 def use_head_dtype(dtype: torch.dtype | None) -> Iterator[None]:
     """Run heads and tokenizers in float32 (TF32 where allowed), in 16 bits on any device, or (None) by `head_dtype`.
 
-    With gradients, and under torch.compile, they run in float32 all the same.
+    With gradients that is about the dense heads alone, and under torch.compile everything runs in float32.
 
     Raises:
         ValueError: `dtype` is none of torch.float32, torch.float16, torch.bfloat16 and None.
@@ -44,6 +47,20 @@ def use_head_dtype(dtype: torch.dtype | None) -> Iterator[None]:
         yield
     finally:
         _CHOSEN.reset(token)
+
+
+@contextlib.contextmanager
+def never_wait() -> Iterator[None]:
+    """In training steps inside, the host does not wait to see whether a head's value left the range of 16 bits.
+
+    Gradients of a step in which one did are not finite: for a caller that looks at them before it uses them, or that
+    captures the step in a CUDA graph.
+    """
+    token = _WAITS.set(False)
+    try:
+        yield
+    finally:
+        _WAITS.reset(token)
 
 
 class Flags:
@@ -70,8 +87,13 @@ class Flags:
         if inputs:
             _warn("tokenizers of geometric inputs", "the call runs again with them")
         elif heads:
-            _warn("dense heads", "the heads of this call run again")
+            warn_of_heads()
         return inputs, heads
+
+
+def warn_of_heads() -> None:
+    """Say once that the dense heads have to run again."""
+    _warn("dense heads", "the heads of this call run again")
 
 
 def _warn(where: str, what: str) -> None:
@@ -106,6 +128,24 @@ def head_dtype(like: Tensor, mixed: bool) -> torch.dtype:
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return torch.float32
+    # In a CUDA graph that somebody else captures nobody would look at the flag.
+    return _narrowest(like, mixed, unwatched=not deferring())
+
+
+def training_dtype(like: Tensor, mixed: bool) -> torch.dtype:
+    """Dtype in which the dense heads run where gradients are wanted; arguments as `head_dtype`'s."""
+    if torch.compiler.is_compiling():
+        return torch.float32
+    return _narrowest(like, mixed, unwatched=_WAITS.get())
+
+
+def waits() -> bool:
+    """Whether a training step may wait to see if a value left the range; see `never_wait`."""
+    return _WAITS.get()
+
+
+def _narrowest(like: Tensor, mixed: bool, unwatched: bool) -> torch.dtype:
+    """float16 where it can stand for TF32; `unwatched`: not while a CUDA graph is captured."""
     chosen = _CHOSEN.get()
     if chosen is not None:
         return chosen
@@ -114,7 +154,6 @@ def head_dtype(like: Tensor, mixed: bool) -> torch.dtype:
         return torch.float32
     if backends.select("dense_maps", None, like) == backends.EAGER:
         return torch.float32
-    # In a CUDA graph that somebody else captures nobody would look at the flag.
-    if torch.cuda.is_current_stream_capturing() and not deferring():
+    if unwatched and torch.cuda.is_current_stream_capturing():
         return torch.float32
     return torch.float16

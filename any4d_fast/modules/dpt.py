@@ -53,6 +53,11 @@ def doubled(x: Tensor) -> Tensor:
     return resize_bilinear(x.permute(0, 2, 3, 1), size).permute(0, 3, 1, 2)
 
 
+def call(module: Callable[..., Tensor], *args: Tensor | bool) -> Tensor:
+    """`module(*args)`."""
+    return module(*args)
+
+
 def recomputed(function: Callable[..., Tensor], *args: Tensor | bool | tuple[int, int]) -> Tensor:
     """`function(*args)`, computed again in the backward pass, where TF32 is allowed then if it is now."""
     options: dict[str, Any] = {} if torch.compiler.is_compiling() else {"context_fn": _same_precision}
@@ -135,12 +140,10 @@ class DPTFeatures(nn.Module):
             before = None if coarse is None else coarse.permute(0, 2, 3, 1)
             return dense_inference.features(self, weights, last, flag, levels, before).permute(0, 3, 1, 2)
 
-        def run(module: nn.Module, *args: Tensor | bool) -> Tensor:
-            if self.checkpoint_gradient and self.training:
-                return recomputed(module, *args)
-            out: Tensor = module(*args)
-            return out
+        return self.fuse(maps, double, recomputed if self.checkpoint_gradient and self.training else call)
 
+    def fuse(self, maps: list[Tensor], double: bool = True, run: Callable[..., Tensor] = call) -> Tensor:
+        """`forward` in the maps' dtype by PyTorch's layers; `run` calls each block with its arguments."""
         layers = [run(process, maps[hook]) for process, hook in zip(self.input_process, self.hooks, strict=True)]
         rows, columns = layers[2].shape[-2:]
         # The coarsest map is half the grid rounded up: after doubling, an odd grid has one row or column too many.
@@ -181,9 +184,12 @@ class DPTRegressor(nn.Module):
         return self._regress(x, size, double)
 
     def _regress(self, x: Tensor, size: tuple[int, int], double: bool) -> Tensor:
-        features = self.conv1(doubled(x) if double else x).permute(0, 2, 3, 1)
+        return self.enlarge(self.conv1(doubled(x) if double else x), size)
+
+    def enlarge(self, features: Tensor, size: tuple[int, int], out_dtype: torch.dtype | None = None) -> Tensor:
+        """What follows the first convolution: [N, C, 8h, 8w] -> [N, H, W, output_dim]."""
         weight3, bias3, weight1, bias1 = self.conv2.parameters()
-        return resize_conv(features, size, weight3, bias3, weight1, bias1)
+        return resize_conv(features.permute(0, 2, 3, 1), size, weight3, bias3, weight1, bias1, out_dtype=out_dtype)
 
 
 def token_maps(tokens: Tensor, views: slice, grid: tuple[int, int], num_views: int) -> Tensor:

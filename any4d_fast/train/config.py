@@ -182,6 +182,7 @@ class RunOptions:
         seed: of weights, data and draws.
         device: a GPU where there is one by default; with several processes each takes its own.
         precision: "bf16": autocast; "fp32".
+        heads: of the dense heads under "bf16" on a GPU: "fp16" with scaled gradients, or "tf32" (values beyond 65,504).
         parallel: "ddp" or "fsdp" over the processes that torchrun started.
         backend: of every operator: "auto" (the fastest), "eager" (plain PyTorch), "triton", "cuda".
         compile: run the step through torch.compile; a text names its mode, such as "reduce-overhead".
@@ -200,6 +201,7 @@ class RunOptions:
     seed: int = 0
     device: str | None = None
     precision: Literal["bf16", "fp32"] = "bf16"
+    heads: Literal["fp16", "tf32"] = "fp16"
     parallel: Literal["none", "ddp", "fsdp"] = "none"
     backend: Literal["auto", "eager", "triton", "cuda"] = "auto"
     compile: bool | str = False
@@ -286,6 +288,7 @@ FREE = frozenset(
     for name in (
         "output", "device", "parallel", "log_every", "validate_every", "validation_clips", "validation_batch",
         "checkpoint_every", "keep", "pictures", "max_seconds", "export_dtype", "cuda_graph",
+        "heads",
     )
 )  # fmt: skip
 """What may differ when a run is resumed: none of it changes what is computed, beyond rounding."""

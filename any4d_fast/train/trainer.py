@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import backends
+from .. import backends, head_precision
 from ..checkpoint import aliases, load_tensors, save_safetensors
 from ..config import ConfigError
 from ..io.atomic import atomic_path
@@ -96,6 +96,9 @@ def opened(config: TrainConfig, *, progress: bool = True) -> Iterator[Trainer]:
             deterministic(config.run.deterministic),
             tensor_float(config.run.precision == "bf16"),
             backends.use_backend(backend),
+            # Steps whose gradients are not finite are skipped here.
+            head_precision.never_wait(),
+            head_precision.use_head_dtype(torch.float32 if config.run.heads == "tf32" else None),
             own_stream(world.device),
         ):
             trainer = Trainer(config, world, progress)
@@ -266,7 +269,7 @@ class Trainer:
         if steps >= 10 and broken == steps:
             raise TrainingError(
                 f"no gradient of the last {steps} steps was finite; the weights are those of before. Lower "
-                'optimizer.lr or use run.precision = "fp32", and look for broken data'
+                'optimizer.lr or use run.heads = "tf32" or run.precision = "fp32", and look for broken data'
             )
 
     def validate(self) -> None:

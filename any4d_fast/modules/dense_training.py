@@ -1,0 +1,202 @@
+"""A dense head in float16, for training: one autograd function around PyTorch's layers.
+
+float16 has TF32's mantissa, and takes half the memory and half the time of it. What it lacks is range, so
+
+- gradients are multiplied by a power of two before the head's backward pass and divided by it after, which is exact.
+  The power is chosen on the device, from how large the gradient of the head's channels is;
+- where a value is too large all the same, the numbers say so (infinities stay infinities or become NaN on the way to
+  the result), and the pass is computed again in TF32: where the caller lets the host wait to find out. Otherwise the
+  gradients of such a step are not finite.
+
+Images are taken some at a time. With them, sums over pixels stay within the range at any number of images, and
+recomputing a head holds the maps of some images alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
+
+from ..memory import balanced
+from .dpt import DPTFeatures, DPTRegressor, matmul_tf32
+
+PIXELS_AT_ONCE = 1 << 21  # 12 images of 518 x 336: enough for a GPU, and sums over pixels keep 5 bits below their mean
+# A gradient's sum over the pixels of one channel, and its largest value, after scaling. A weight's gradient is at most
+# the first times the largest activation. Over 2^21 pixels the mean is 2^-9; float16's normal numbers begin at 2^-14.
+LARGEST_SUM, LARGEST = 2.0**12, 2.0**8
+MOST = 2.0**120  # of the factor itself, so that one over it is a float32 too: gradients of zeros need none
+
+
+class Job(NamedTuple):
+    """What a head is to compute.
+
+    Attributes:
+        head: its modules.
+        size: (H, W) of the image.
+        dtype: torch.float16, or torch.float32 for TF32.
+        keep: whether maps are kept for the backward pass; they are computed again otherwise.
+        wait: whether the host may wait to see if a gradient left the range.
+        tf32: whether float32 matmuls may run in TF32.
+    """
+
+    head: _Head
+    size: tuple[int, int]
+    dtype: torch.dtype
+    keep: bool
+    wait: bool
+    tf32: bool
+
+
+class _Head(nn.Module):
+    """Both modules of a head as one, whose parameters can be exchanged for a call."""
+
+    def __init__(self, features: DPTFeatures, regressor: DPTRegressor) -> None:
+        super().__init__()
+        self.features, self.regressor = features, regressor
+
+    def forward(self, maps: list[Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Features at eight times the patch grid, and float32 channels [N, H, W, output_dim]."""
+        features = self.regressor.conv1(self.features.fuse(maps))
+        return features, self.regressor.enlarge(features, size, torch.float32)
+
+
+class _Part(NamedTuple):
+    """Some images' forward pass: what its gradients are of, its result, and the largest magnitude on the way, []."""
+
+    leaves: list[Tensor]
+    out: Tensor
+    peak: Tensor
+
+
+def dense_head(
+    features: DPTFeatures,
+    regressor: DPTRegressor,
+    maps: list[Tensor],
+    size: tuple[int, int],
+    dtype: torch.dtype,
+    *,
+    wait: bool,
+) -> tuple[Tensor, Tensor]:
+    """A head's channels in 16 bits inside and float32 outside, differentiable once.
+
+    Args:
+        features, regressor: the head's modules; with their `checkpoint_gradient` nothing inside is kept for the
+            backward pass.
+        maps: four [N, C_i, h, w] in channels-last memory, any floating dtype.
+        size: (H, W) of the image.
+        dtype: torch.float16 or torch.bfloat16.
+        wait: whether the backward pass may wait for the device to see if a gradient left the range, and run again in
+            TF32 then.
+
+    Returns:
+        [N, H, W, output_dim] float32, and the largest magnitude of the last maps, [] float32: not finite where a value
+        left the range, so that the channels are wrong. Their gradients are not finite then.
+    """
+    head = _Head(features, regressor)
+    job = Job(head, size, dtype, not regressor.doubles, wait, torch.backends.cuda.matmul.allow_tf32)
+    out, peak = _DenseHead.apply(job, *maps, *head.parameters())
+    return out, peak
+
+
+class _DenseHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, job: Job, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(*tensors)
+        ctx.job, ctx.kept = job, []
+        wanted, found = ctx.needs_input_grad[1:], []
+        for images in _chunks(tensors[0], job):
+            part = _forward(job, images, tensors, wanted, job.keep and any(wanted))
+            found.append((part.out.detach(), part.peak))
+            if job.keep and any(wanted):
+                ctx.kept.append(part)
+        outs, peaks = zip(*found, strict=True)
+        ctx.peak = peak = torch.stack(peaks).amax()
+        ctx.mark_non_differentiable(peak)
+        return torch.cat(outs), peak
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        job, tensors, wanted = ctx.job, ctx.saved_tensors, ctx.needs_input_grad[1:]
+        # Where the channels were wrong, their gradients must say so: infinity times zero is NaN.
+        scaled, inverse = scale(grad * (1 + 0 * ctx.peak), _chunks(grad, job))
+        kept, ctx.kept = ctx.kept, []  # what is left of a graph after one pass is of no use
+        with matmul_tf32(job.tf32):
+            found = _gradients(job, scaled, tensors, wanted, kept)
+            given = [g for g in found if g is not None]
+            torch._foreach_mul_(given, inverse)
+            if job.wait and not all_finite(given):
+                found = _gradients(job._replace(dtype=torch.float32), grad, tensors, wanted, [])
+        return None, *found
+
+
+def scale(grad: Tensor, chunks: Iterator[slice]) -> tuple[Tensor, Tensor]:
+    """A gradient [N, H, W, C] times a power of two that brings it into float16's range, and one over that, []."""
+    norm = torch.linalg.vector_norm
+    sums = torch.stack([norm(grad[part], 1, dim=(0, 1, 2)).amax() for part in chunks]).amax()
+    factor = torch.minimum(LARGEST_SUM / sums, LARGEST / norm(grad, math.inf)).clamp(max=MOST)
+    factor = torch.exp2(torch.floor(torch.log2(factor)))
+    return grad * factor, 1 / factor
+
+
+def all_finite(tensors: list[Tensor]) -> bool:
+    """Whether every number of these is finite; waits for the device."""
+    return bool(torch.stack(torch._foreach_norm(tensors, math.inf)).isfinite().all())
+
+
+def _chunks(images: Tensor, job: Job) -> Iterator[slice]:
+    count, (height, width) = images.shape[0], job.size
+    step = balanced(count, max(1, PIXELS_AT_ONCE // (height * width)))
+    return (slice(first, min(first + step, count)) for first in range(0, count, step))
+
+
+def _forward(job: Job, images: slice, tensors: tuple[Tensor, ...], wanted: tuple[bool, ...], keep: bool) -> _Part:
+    """Some images, on leaves of their own."""
+    maps = len(tensors) - len(list(job.head.parameters()))
+    given = [t[images] if i < maps else t for i, t in enumerate(tensors)]
+    leaves = [t.detach().requires_grad_(keep and need) for t, need in zip(given, wanted, strict=True)]
+    names = [name for name, _ in job.head.named_parameters()]
+    with torch.set_grad_enabled(keep), torch.autocast(leaves[0].device.type, enabled=False):
+        narrow = [_cast(name, leaf, job.dtype) for name, leaf in zip(names, leaves[maps:], strict=True)]
+        inputs = [leaf.to(job.dtype) for leaf in leaves[:maps]]
+        # Modules under several names are one: tied by PyTorch, their parameters would not all be put back.
+        named = dict(zip(names, narrow, strict=True))
+        features, out = functional_call(job.head, named, (inputs, job.size), tie_weights=False)
+    norms = [torch.linalg.vector_norm(t.detach(), math.inf, dtype=torch.float32) for t in (features, out)]
+    return _Part(leaves, out, torch.stack(norms).amax())
+
+
+def _cast(name: str, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """As the layers read it: the last two in float32, of which they give such gradients; others in the maps' dtype."""
+    if name.startswith("regressor.conv2"):
+        return parameter
+    layout = torch.channels_last if parameter.ndim == 4 else torch.preserve_format
+    return parameter.to(dtype, memory_format=layout)
+
+
+def _gradients(
+    job: Job, grad: Tensor, tensors: tuple[Tensor, ...], wanted: tuple[bool, ...], kept: list[_Part]
+) -> list[Tensor | None]:
+    """Of every tensor that wants one, by parts that were kept or are computed again."""
+    maps = len(tensors) - len(list(job.head.parameters()))
+    of_maps: list[list[Tensor]] = []
+    sums: list[Tensor] = []
+    for images in _chunks(grad, job):
+        part = kept.pop(0) if kept else _forward(job, images, tensors, wanted, True)
+        leaves = [leaf for leaf in part.leaves if leaf.requires_grad]
+        found = torch.autograd.grad(part.out, leaves, grad[images])
+        of_maps.append(list(found[: sum(wanted[:maps])]))
+        others = list(found[sum(wanted[:maps]) :])
+        if sums:
+            torch._foreach_add_(sums, others)
+        else:
+            sums = others
+        del part, leaves, found, others
+    whole = iter([*(torch.cat(parts) for parts in zip(*of_maps, strict=True)), *sums])
+    return [next(whole) if need else None for need in wanted]
