@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import head_precision
 from .head_loop import pays_side_by_side, side_by_side
+from .modules.dpt import float32_sums
 from .modules.host_weights import resident
 from .modules.modalities import DenseInput, Modalities, ModalityReader, VectorInput
 from .modules.tokenizers import DenseTokenizer, VectorTokenizer
@@ -106,7 +107,7 @@ def tokenize_geometry(
             with resident(tokenizer.parameters(), item.maps.device):
                 features = tokenizer(item.maps)
         else:
-            with head_precision.float32_sums():
+            with float32_sums():
                 features = tokenizer(item.maps, dtype, flags.inputs)
         out.dense.append(item.spread(features, rows))
         out.dense_masks.append(item.mask)

@@ -17,7 +17,7 @@ from .graph_calls import intercepted
 from .memory import GPU_FINE_IMAGES, STREAM, balanced, head_chunk
 from .modules import factors
 from .modules.dense_training import dense_head
-from .modules.dpt import DPTFeatures, DPTRegressor, matmul_tf32, to_head_dtype, token_maps, token_rows
+from .modules.dpt import DPTFeatures, DPTRegressor, float32_sums, matmul_tf32, to_head_dtype, token_maps, token_rows
 from .modules.host_weights import head_parameters, resident
 from .ops import dense_maps
 
@@ -83,7 +83,7 @@ def run_heads(
     loop = _HeadLoop(model, tokens, num_views, grid, finish, parallel, trained_in)
     if narrow:
         flags = flags or head_precision.Flags(last.device)
-        with head_precision.float32_sums():
+        with float32_sums():
             outputs = loop.run(step, dtype, flags.heads)
         inputs_left, heads_left = flags.left_range()
         if inputs_left:
@@ -201,8 +201,8 @@ class _HeadLoop:
         """[N, H, W, channels] of one head."""
         if flag is None and self.trained_in in head_precision.NARROW:
             wait = head_precision.waits()
-            raw, peak = dense_head(features, regressor, maps, self.size, self.trained_in, wait=wait)
-            if not wait or bool(peak.isfinite()):
+            raw, left_range = dense_head(features, regressor, maps, self.size, self.trained_in, wait=wait)
+            if not (wait and bool(left_range)):
                 return raw
             head_precision.warn_of_heads()
             maps = to_head_dtype(maps)

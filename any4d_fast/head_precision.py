@@ -106,19 +106,6 @@ def _warn(where: str, what: str) -> None:
     )  # fmt: skip
 
 
-@contextlib.contextmanager
-def float32_sums() -> Iterator[None]:
-    """No partial sums in float16 between the parts of a split matmul: they would round, and overflow, too early."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_fp16_reduced_precision_reduction
-    split = getattr(matmul, "allow_fp16_reduced_precision_reduction_split_k", None)  # not in every PyTorch
-    matmul.allow_fp16_reduced_precision_reduction = False
-    try:
-        yield
-    finally:
-        matmul.allow_fp16_reduced_precision_reduction = before if split is None else (before, split)
-
-
 def head_dtype(like: Tensor, mixed: bool) -> torch.dtype:
     """Dtype in which heads and dense tokenizers run now.
 

@@ -1,6 +1,7 @@
 """What runs between the convolutions of a dense head: bias, residual, resized coarser map and ReLU in one pass.
 
-Not differentiable: inference only. The maps of 16 views of 518 x 336 at four times the patch grid, in float16.
+Forward, and the gradients of all four as dense heads train: the maps of 16 views of 518 x 336 at four times the patch
+grid, in float16.
 """
 
 from __future__ import annotations
@@ -35,7 +36,12 @@ def plain(value: Tensor, bias: Tensor, residual: Tensor, coarse: Tensor) -> list
     return [total.to(value.dtype), total.relu().to(value.dtype)]
 
 
-def case(sizes: Sizes) -> Case:
+# Maps read and written, the coarser one a quarter. Forward: map, residual and coarser map; the sum and its ReLU.
+# Backward: both gradients and the ReLU; the total, which is read again for the coarser map's.
+TRAFFIC = {"fwd": 4.25, "bwd": 5.25}
+
+
+def case(sizes: Sizes, direction: str) -> Case:
     # Four times the patch grid; the coarser map is half of that.
     height, width = 4 * sizes.height // 14, 4 * sizes.width // 14
     shape, half = (VIEWS, height, width, CHANNELS), (VIEWS, height // 2, width // 2, CHANNELS)
@@ -47,18 +53,18 @@ def case(sizes: Sizes) -> Case:
     elements = VIEWS * height * width * CHANNELS
     return op_case(
         "dense_maps",
-        "fwd",
+        direction,
         f"{height}x{width}x{CHANNELS} fusion fp16",
         inputs=inputs,
         functions={"eager": fusion("eager"), "compile": compiled(plain), "any4d_fast:triton": fusion("triton")},
         exact=plain,
-        bytes=elements * 2 * 4.25,  # map, residual and a quarter of a map read, the sum and its ReLU written
+        bytes=elements * 2 * TRAFFIC[direction],
         views=VIEWS,
     )
 
 
 def cases(sizes: Sizes = FULL) -> list[Case]:
-    return [case(sizes)]
+    return [case(sizes, direction) for direction in TRAFFIC]
 
 
 def test_dense_maps(case: Case, provider: str, bench: Callable[[Case, str], None]) -> None:

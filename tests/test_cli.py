@@ -87,7 +87,7 @@ def test_evaluate_takes_the_packaged_weights(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     with open(tmp_path / "heldout.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert {(row["weights"], row["size"], row["views"]) for row in rows} == {("tiny", "168x126", "4")}
+    assert {(row["weights"], row["size"], row["views"]) for row in rows} == {("tiny", "336x252", "4")}
 
 
 def test_info_runs() -> None:

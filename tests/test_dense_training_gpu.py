@@ -54,9 +54,9 @@ def test_errors_are_tf32s() -> None:
     with tensor_float(True), full_precision("cuda"):
         wide = regressor(features(given), SIZE)
         error = relative_error(gradients(wide, given, features, regressor), wanted)
-        out, peak = dense_head(features, regressor, given, SIZE, torch.float16, wait=True)
+        out, left_range = dense_head(features, regressor, given, SIZE, torch.float16, wait=True)
         found = gradients(out, given, features, regressor)
-    assert bool(peak.isfinite())
+    assert not left_range
     assert relative_error(out, expected) < 1.5 * relative_error(wide, expected)
     assert relative_error(found, wanted) < 1.5 * error
 

@@ -1,7 +1,8 @@
-"""Heads and dense tokenizers in 16 bits, for inference: channels-last maps, one pass between convolutions.
+"""Heads and dense tokenizers in 16 bits: channels-last maps, one pass between convolutions.
 
-Weights are converted once. Every function here works on [N, h, w, C] maps (or rows) whose channels are contiguous, in
-the dtype of the maps that it is given, and raises `flag` where a value does not fit that dtype (`ops.dense_maps`).
+For inference weights are converted once; `dense_training` calls these functions with weights that have gradients. Every
+function here works on [N, h, w, C] maps (or rows) whose channels are contiguous, in the dtype of the maps that it is
+given, and raises `flag` where a value does not fit that dtype (`ops.dense_maps`).
 """
 
 from __future__ import annotations
@@ -111,26 +112,32 @@ class FeatureWeights(NamedTuple):
     fusions: list[FusionWeights]
 
 
-def _conv(conv: nn.Conv2d, dtype: torch.dtype) -> Conv:
-    weight = conv.weight.detach().to(dtype).contiguous(memory_format=torch.channels_last)
-    return Conv(weight, None if conv.bias is None else conv.bias.detach().to(dtype))
+def _cast(parameter: Tensor, dtype: torch.dtype, layout: torch.memory_format = torch.preserve_format) -> Tensor:
+    """In another dtype; with gradients of the parameter where they are enabled."""
+    return (parameter if torch.is_grad_enabled() else parameter.detach()).to(dtype, memory_format=layout)
+
+
+def pack_conv(conv: nn.Conv2d, dtype: torch.dtype) -> Conv:
+    """Weights of a 3x3 convolution."""
+    weight = _cast(conv.weight, dtype, torch.channels_last)
+    return Conv(weight, None if conv.bias is None else _cast(conv.bias, dtype))
 
 
 def _matrix(conv: nn.Conv2d, dtype: torch.dtype) -> Conv:
     assert conv.bias is not None
-    return Conv(conv.weight.detach().flatten(1).to(dtype), conv.bias.detach().to(dtype))
+    return Conv(_cast(conv.weight, dtype).flatten(1), _cast(conv.bias, dtype))
 
 
 def _shuffle(conv: nn.ConvTranspose2d, dtype: torch.dtype) -> tuple[Conv, int]:
     """A transposed convolution whose kernel is its stride, as one matrix of [k * k * Cout, Cin], row (ky, kx, c)."""
     assert conv.bias is not None
     stride = conv.stride[0]
-    weight = conv.weight.detach().permute(2, 3, 1, 0).flatten(0, 2)
-    return Conv(weight.to(dtype).contiguous(), conv.bias.detach().repeat(stride * stride).to(dtype)), -stride
+    weight = _cast(conv.weight, dtype).permute(2, 3, 1, 0).flatten(0, 2)
+    return Conv(weight.contiguous(), _cast(conv.bias, dtype).repeat(stride * stride)), -stride
 
 
 def _unit(unit: ResidualConvUnit, dtype: torch.dtype) -> tuple[Conv, Conv]:
-    return _conv(unit.conv1, dtype), _conv(unit.conv2, dtype)
+    return pack_conv(unit.conv1, dtype), pack_conv(unit.conv2, dtype)
 
 
 def _fusion(block: FusionBlock, dtype: torch.dtype) -> FusionWeights:
@@ -153,8 +160,8 @@ def pack_features(module: DPTFeatures, dtype: torch.dtype) -> FeatureWeights:
         if isinstance(change, nn.ConvTranspose2d):
             changes.append(_shuffle(change, dtype))
         else:
-            changes.append((_conv(change, dtype), change.stride[0]) if isinstance(change, nn.Conv2d) else None)
-        widths.append(_conv(width, dtype))
+            changes.append((pack_conv(change, dtype), change.stride[0]) if isinstance(change, nn.Conv2d) else None)
+        widths.append(pack_conv(width, dtype))
     scratch = module.scratch
     blocks = (scratch.refinenet1, scratch.refinenet2, scratch.refinenet3, scratch.refinenet4)
     return FeatureWeights(projections, changes, widths, [_fusion(block, dtype) for block in blocks])
@@ -240,13 +247,17 @@ class RegressorWeights(NamedTuple):
 def pack_regressor(module: DPTRegressor, dtype: torch.dtype) -> RegressorWeights:
     """Weights of `regress`."""
     weight3, bias3, weight1, bias1 = (p.detach() for p in module.conv2.parameters())
-    return RegressorWeights(_conv(module.conv1, dtype), pack_layers(weight3, bias3, weight1, bias1, dtype))
+    return RegressorWeights(pack_conv(module.conv1, dtype), pack_layers(weight3, bias3, weight1, bias1, dtype))
+
+
+def hidden_map(conv1: Conv, x: Tensor, flag: Tensor) -> Tensor:
+    """[N, 8h, 8w, feature_dim] after the first convolution of the regressor."""
+    return dense_maps.finish(convolve(x, conv1), conv1.bias, flag)[0]
 
 
 def regress(weights: RegressorWeights, x: Tensor, size: tuple[int, int], flag: Tensor) -> Tensor:
     """[N, 8h, 8w, feature_dim] -> [N, H, W, output_dim] float32."""
-    hidden = dense_maps.finish(convolve(x, weights.conv1), weights.conv1.bias, flag)[0]
-    return resize_conv_checked(hidden, size, weights.last, flag)
+    return resize_conv_checked(hidden_map(weights.conv1, x, flag), size, weights.last, flag)
 
 
 class PoseWeights(NamedTuple):

@@ -1,12 +1,12 @@
-"""A dense head in float16, for training: one autograd function around PyTorch's layers.
+"""A dense head in float16, for training: one autograd function around what inference runs.
 
 float16 has TF32's mantissa, and takes half the memory and half the time of it. What it lacks is range, so
 
 - gradients are multiplied by a power of two before the head's backward pass and divided by it after, which is exact.
   The power is chosen on the device, from how large the gradient of the head's channels is;
-- where a value is too large all the same, the numbers say so (infinities stay infinities or become NaN on the way to
-  the result), and the pass is computed again in TF32: where the caller lets the host wait to find out. Otherwise the
-  gradients of such a step are not finite.
+- where a value is too large all the same, a flag says so of the forward pass, and infinities and NaN of the backward
+  pass, and the pass is computed again in TF32: where the caller lets the host wait to find out. Otherwise the gradients
+  of such a step are not finite.
 
 Images are taken some at a time. With them, sums over pixels stay within the range at any number of images, and
 recomputing a head holds the maps of some images alone.
@@ -24,12 +24,16 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from ..memory import balanced
-from .dpt import DPTFeatures, DPTRegressor, matmul_tf32
+from ..ops import dense_maps
+from .dense_inference import features as run_features
+from .dense_inference import hidden_map, pack_conv, pack_features
+from .dpt import DPTFeatures, DPTRegressor, float32_sums, matmul_tf32
 
-PIXELS_AT_ONCE = 1 << 21  # 12 images of 518 x 336: enough for a GPU, and sums over pixels keep 5 bits below their mean
+# 24 images of 518 x 336 whose maps are kept; 6 of those whose maps are computed again, and are alive for so long only.
+PIXELS_AT_ONCE, RECOMPUTED_AT_ONCE = 1 << 22, 1 << 20
 # A gradient's sum over the pixels of one channel, and its largest value, after scaling. A weight's gradient is at most
-# the first times the largest activation. Over 2^21 pixels the mean is 2^-9; float16's normal numbers begin at 2^-14.
-LARGEST_SUM, LARGEST = 2.0**12, 2.0**8
+# the first times the largest activation. Over 2^22 pixels the mean is 2^-9; float16's normal numbers begin at 2^-14.
+LARGEST_SUM, LARGEST = 2.0**13, 2.0**8
 MOST = 2.0**120  # of the factor itself, so that one over it is a float32 too: gradients of zeros need none
 
 
@@ -60,18 +64,21 @@ class _Head(nn.Module):
         super().__init__()
         self.features, self.regressor = features, regressor
 
-    def forward(self, maps: list[Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Features at eight times the patch grid, and float32 channels [N, H, W, output_dim]."""
-        features = self.regressor.conv1(self.features.fuse(maps))
-        return features, self.regressor.enlarge(features, size, torch.float32)
+    def forward(self, maps: list[Tensor], size: tuple[int, int], flag: Tensor) -> Tensor:
+        """[N, C_i, h, w] maps in the dtype to compute in -> [N, H, W, output_dim] float32."""
+        dtype = maps[0].dtype
+        weights = pack_features(self.features, dtype)
+        x = run_features(self.features, weights, [m.permute(0, 2, 3, 1) for m in maps], flag)
+        hidden = hidden_map(pack_conv(self.regressor.conv1, dtype), x, flag)
+        return self.regressor.enlarge(hidden.permute(0, 3, 1, 2), size, torch.float32)
 
 
 class _Part(NamedTuple):
-    """Some images' forward pass: what its gradients are of, its result, and the largest magnitude on the way, []."""
+    """Some images' forward pass: what its gradients are of, its result, and whether a value left the range, [] bool."""
 
     leaves: list[Tensor]
     out: Tensor
-    peak: Tensor
+    left_range: Tensor
 
 
 def dense_head(
@@ -95,13 +102,13 @@ def dense_head(
             TF32 then.
 
     Returns:
-        [N, H, W, output_dim] float32, and the largest magnitude of the last maps, [] float32: not finite where a value
-        left the range, so that the channels are wrong. Their gradients are not finite then.
+        [N, H, W, output_dim] float32, and whether a value left the range, [] bool: the channels are wrong then, and
+        their gradients are not finite.
     """
     head = _Head(features, regressor)
     job = Job(head, size, dtype, not regressor.doubles, wait, torch.backends.cuda.matmul.allow_tf32)
-    out, peak = _DenseHead.apply(job, *maps, *head.parameters())
-    return out, peak
+    out, left_range = _DenseHead.apply(job, *maps, *head.parameters())
+    return out, left_range
 
 
 class _DenseHead(torch.autograd.Function):
@@ -112,22 +119,22 @@ class _DenseHead(torch.autograd.Function):
         wanted, found = ctx.needs_input_grad[1:], []
         for images in _chunks(tensors[0], job):
             part = _forward(job, images, tensors, wanted, job.keep and any(wanted))
-            found.append((part.out.detach(), part.peak))
+            found.append((part.out.detach(), part.left_range))
             if job.keep and any(wanted):
                 ctx.kept.append(part)
-        outs, peaks = zip(*found, strict=True)
-        ctx.peak = peak = torch.stack(peaks).amax()
-        ctx.mark_non_differentiable(peak)
-        return torch.cat(outs), peak
+        outs, flags = zip(*found, strict=True)
+        ctx.left_range = left_range = torch.stack(flags).any()
+        ctx.mark_non_differentiable(left_range)
+        return torch.cat(outs), left_range
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         job, tensors, wanted = ctx.job, ctx.saved_tensors, ctx.needs_input_grad[1:]
-        # Where the channels were wrong, their gradients must say so: infinity times zero is NaN.
-        scaled, inverse = scale(grad * (1 + 0 * ctx.peak), _chunks(grad, job))
+        # Where the channels were wrong, their gradients must say so.
+        scaled, inverse = scale(torch.where(ctx.left_range, math.nan, grad), _chunks(grad, job))
         kept, ctx.kept = ctx.kept, []  # what is left of a graph after one pass is of no use
-        with matmul_tf32(job.tf32):
+        with matmul_tf32(job.tf32), float32_sums():
             found = _gradients(job, scaled, tensors, wanted, kept)
             given = [g for g in found if g is not None]
             torch._foreach_mul_(given, inverse)
@@ -152,7 +159,8 @@ def all_finite(tensors: list[Tensor]) -> bool:
 
 def _chunks(images: Tensor, job: Job) -> Iterator[slice]:
     count, (height, width) = images.shape[0], job.size
-    step = balanced(count, max(1, PIXELS_AT_ONCE // (height * width)))
+    pixels = PIXELS_AT_ONCE if job.keep else RECOMPUTED_AT_ONCE
+    step = balanced(count, max(1, pixels // (height * width)))
     return (slice(first, min(first + step, count)) for first in range(0, count, step))
 
 
@@ -161,23 +169,18 @@ def _forward(job: Job, images: slice, tensors: tuple[Tensor, ...], wanted: tuple
     maps = len(tensors) - len(list(job.head.parameters()))
     given = [t[images] if i < maps else t for i, t in enumerate(tensors)]
     leaves = [t.detach().requires_grad_(keep and need) for t, need in zip(given, wanted, strict=True)]
-    names = [name for name, _ in job.head.named_parameters()]
-    with torch.set_grad_enabled(keep), torch.autocast(leaves[0].device.type, enabled=False):
-        narrow = [_cast(name, leaf, job.dtype) for name, leaf in zip(names, leaves[maps:], strict=True)]
+    flag = dense_maps.new_flag(leaves[0].device)
+    with (
+        torch.set_grad_enabled(keep),
+        torch.autocast(leaves[0].device.type, enabled=False),
+        float32_sums(),
+    ):
+        parameters = {name: leaf for (name, _), leaf in zip(job.head.named_parameters(), leaves[maps:], strict=True)}
         inputs = [leaf.to(job.dtype) for leaf in leaves[:maps]]
         # Modules under several names are one: tied by PyTorch, their parameters would not all be put back.
-        named = dict(zip(names, narrow, strict=True))
-        features, out = functional_call(job.head, named, (inputs, job.size), tie_weights=False)
-    norms = [torch.linalg.vector_norm(t.detach(), math.inf, dtype=torch.float32) for t in (features, out)]
-    return _Part(leaves, out, torch.stack(norms).amax())
-
-
-def _cast(name: str, parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    """As the layers read it: the last two in float32, of which they give such gradients; others in the maps' dtype."""
-    if name.startswith("regressor.conv2"):
-        return parameter
-    layout = torch.channels_last if parameter.ndim == 4 else torch.preserve_format
-    return parameter.to(dtype, memory_format=layout)
+        out = functional_call(job.head, parameters, (inputs, job.size, flag), tie_weights=False)
+    outside = ~torch.linalg.vector_norm(out.detach(), math.inf).isfinite()
+    return _Part(leaves, out, outside | (flag[0] > 0))
 
 
 def _gradients(

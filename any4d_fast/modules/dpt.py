@@ -53,11 +53,6 @@ def doubled(x: Tensor) -> Tensor:
     return resize_bilinear(x.permute(0, 2, 3, 1), size).permute(0, 3, 1, 2)
 
 
-def call(module: Callable[..., Tensor], *args: Tensor | bool) -> Tensor:
-    """`module(*args)`."""
-    return module(*args)
-
-
 def recomputed(function: Callable[..., Tensor], *args: Tensor | bool | tuple[int, int]) -> Tensor:
     """`function(*args)`, computed again in the backward pass, where TF32 is allowed then if it is now."""
     options: dict[str, Any] = {} if torch.compiler.is_compiling() else {"context_fn": _same_precision}
@@ -79,6 +74,19 @@ def matmul_tf32(allowed: bool) -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@contextmanager
+def float32_sums() -> Iterator[None]:
+    """No partial sums in float16 between the parts of a split matmul: they would round, and overflow, too early."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_fp16_reduced_precision_reduction
+    split = getattr(matmul, "allow_fp16_reduced_precision_reduction_split_k", None)  # not in every PyTorch
+    matmul.allow_fp16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        matmul.allow_fp16_reduced_precision_reduction = before if split is None else (before, split)
 
 
 class Scratch(nn.Module):
@@ -140,10 +148,12 @@ class DPTFeatures(nn.Module):
             before = None if coarse is None else coarse.permute(0, 2, 3, 1)
             return dense_inference.features(self, weights, last, flag, levels, before).permute(0, 3, 1, 2)
 
-        return self.fuse(maps, double, recomputed if self.checkpoint_gradient and self.training else call)
+        def run(module: nn.Module, *args: Tensor | bool) -> Tensor:
+            if self.checkpoint_gradient and self.training:
+                return recomputed(module, *args)
+            out: Tensor = module(*args)
+            return out
 
-    def fuse(self, maps: list[Tensor], double: bool = True, run: Callable[..., Tensor] = call) -> Tensor:
-        """`forward` in the maps' dtype by PyTorch's layers; `run` calls each block with its arguments."""
         layers = [run(process, maps[hook]) for process, hook in zip(self.input_process, self.hooks, strict=True)]
         rows, columns = layers[2].shape[-2:]
         # The coarsest map is half the grid rounded up: after doubling, an odd grid has one row or column too many.

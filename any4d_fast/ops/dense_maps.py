@@ -1,4 +1,4 @@
-"""What runs between the convolutions of dense heads and tokenizers in inference, range checks included.
+"""What runs between the convolutions of dense heads and tokenizers in 16 bits, range checks included.
 
 Biases, residuals, resizes, ReLU and GELU; and the conversions of tokens and patches to the maps' dtype.
 
@@ -6,7 +6,7 @@ A float16 map holds nothing beyond 65,504. Every function here takes a flag, [1]
 where a value that it has computed in float32 does not fit its result's dtype (or is not a number). Nothing waits for
 the flag: whoever runs a head or a tokenizer reads it once, at the end.
 
-No function here is differentiable.
+`finish` and `upsample` are differentiable, which dense heads train with; the others are for inference.
 """
 
 from __future__ import annotations
@@ -16,117 +16,10 @@ from torch import Tensor
 
 from .. import backends
 from ..reference import dense_maps as reference
-from ._library import define
+from . import _dense_maps_operators as operators
+from ._dense_maps_operators import padded as padded
 
 Size = tuple[int, int]
-
-ALIGNMENT = 8
-"""Channels of a 16-bit map come in 16 bytes at a time on tensor cores; `patches` pads to as many."""
-
-
-def _finish_impl(
-    value: Tensor, bias: Tensor | None, residual: Tensor | None, coarse: Tensor | None, double: list[int],
-    flag: Tensor, out: bool, relu: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    from ..kernels import dense_maps as kernels
-
-    total = torch.empty(value.shape if out else (0,), dtype=value.dtype, device=value.device)
-    positive = torch.empty(value.shape if relu else (0,), dtype=value.dtype, device=value.device)
-    kernels.finish(
-        value, bias, residual, coarse, (double[0], double[1]), total if out else None, positive if relu else None, flag
-    )
-    return total, positive
-
-
-def _finish_fake(
-    value: Tensor, bias: Tensor | None, residual: Tensor | None, coarse: Tensor | None, double: list[int],
-    flag: Tensor, out: bool, relu: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return value.new_empty(value.shape if out else (0,)), value.new_empty(value.shape if relu else (0,))
-
-
-def _upsample_impl(coarse: Tensor, double: list[int], size: list[int], flag: Tensor) -> Tensor:
-    from ..kernels import dense_maps as kernels
-
-    shape = (coarse.shape[0], size[0], size[1], coarse.shape[3])
-    out = torch.empty(shape, dtype=coarse.dtype, device=coarse.device)
-    kernels.finish(None, None, None, coarse, (double[0], double[1]), out, None, flag)
-    return out
-
-
-def _upsample_fake(coarse: Tensor, double: list[int], size: list[int], flag: Tensor) -> Tensor:
-    return coarse.new_empty(coarse.shape[0], size[0], size[1], coarse.shape[3])
-
-
-def _narrow_impl(x: Tensor, dtype: torch.dtype, flag: Tensor) -> Tensor:
-    from ..kernels import dense_maps as kernels
-
-    views, batch, length, channels = x.shape
-    out = torch.empty(views * batch, length, channels, dtype=dtype, device=x.device)
-    kernels.narrow(x, out, flag)
-    return out
-
-
-def _narrow_fake(x: Tensor, dtype: torch.dtype, flag: Tensor) -> Tensor:
-    views, batch, length, channels = x.shape
-    return x.new_empty(views * batch, length, channels, dtype=dtype)
-
-
-def _gelu_impl(value: Tensor, bias: Tensor, residual: Tensor | None, flag: Tensor) -> Tensor:
-    from ..kernels import dense_maps as kernels
-
-    out = torch.empty_like(value)
-    kernels.gelu(value, bias, residual, out, flag)
-    return out
-
-
-def _gelu_fake(value: Tensor, bias: Tensor, residual: Tensor | None, flag: Tensor) -> Tensor:
-    return torch.empty_like(value)
-
-
-def _patches_impl(x: Tensor, patch: int, dtype: torch.dtype, flag: Tensor) -> Tensor:
-    from ..kernels import dense_maps as kernels
-
-    n, height, width, cin = x.shape
-    shape = (n, height // patch, width // patch, padded(patch * patch * cin))
-    out = torch.empty(shape, dtype=dtype, device=x.device)
-    kernels.patches(x, patch, out, flag)
-    return out
-
-
-def _patches_fake(x: Tensor, patch: int, dtype: torch.dtype, flag: Tensor) -> Tensor:
-    n, height, width, cin = x.shape
-    return x.new_empty(n, height // patch, width // patch, padded(patch * patch * cin), dtype=dtype)
-
-
-_finish = define(
-    "dense_maps_finish",
-    "(Tensor value, Tensor? bias, Tensor? residual, Tensor? coarse, SymInt[] double, Tensor(a!) flag, bool out, "
-    "bool relu) -> (Tensor, Tensor)",
-    _finish_impl,
-    _finish_fake,
-)
-_upsample = define(
-    "dense_maps_upsample",
-    "(Tensor coarse, SymInt[] double, SymInt[] size, Tensor(a!) flag) -> Tensor",
-    _upsample_impl,
-    _upsample_fake,
-)
-_narrow = define(
-    "dense_maps_narrow", "(Tensor x, ScalarType dtype, Tensor(a!) flag) -> Tensor", _narrow_impl, _narrow_fake
-)
-_gelu = define(
-    "dense_maps_gelu",
-    "(Tensor value, Tensor bias, Tensor? residual, Tensor(a!) flag) -> Tensor",
-    _gelu_impl,
-    _gelu_fake,
-)
-_patches = define(
-    "dense_maps_patches",
-    "(Tensor x, int patch, ScalarType dtype, Tensor(a!) flag) -> Tensor",
-    _patches_impl,
-    _patches_fake,
-)
 
 
 def _triton_reasons(*tensors: Tensor | None) -> list[str]:
@@ -143,9 +36,8 @@ def _triton_reasons(*tensors: Tensor | None) -> list[str]:
 backends.register("dense_maps", triton=_triton_reasons)
 
 
-def padded(channels: int) -> int:
-    """Channels with the zeros behind them that `ALIGNMENT` asks for."""
-    return -(-channels // ALIGNMENT) * ALIGNMENT
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def new_flag(device: torch.device) -> Tensor:
@@ -191,7 +83,7 @@ def narrow(x: Tensor, dtype: torch.dtype, flag: Tensor, *, backend: str | None =
     _check_flag(flag, x)
     if backends.select("dense_maps", backend, x) == backends.EAGER:
         return reference.narrow(x, dtype, flag)
-    result: Tensor = _narrow(x if x.stride(3) == 1 else x.contiguous(), dtype, flag)
+    result: Tensor = operators.narrow(x if x.stride(3) == 1 else x.contiguous(), dtype, flag)
     return result
 
 
@@ -209,7 +101,8 @@ def finish(
     """What follows a convolution: value + bias + residual + coarse, where `coarse` is doubled in size; and its ReLU.
 
     The sum is taken in float32 and rounded once. The coarser map is resized bilinearly with aligned corners to twice
-    its size, then cut to the map's (an odd grid has one row or column fewer).
+    its size, then cut to the map's (an odd grid has one row or column fewer). Differentiable in all four; with Triton
+    gradients are bitwise equal from run to run.
 
     Args:
         value: [N, H, W, C], the convolution's result without its bias.
@@ -250,7 +143,8 @@ def finish(
         empty = value.new_empty(0)
         return total.to(value.dtype) if out else empty, total.relu().to(value.dtype) if relu else empty
     maps = [None if t is None else t.contiguous() for t in (value, bias, residual, coarse)]
-    found: tuple[Tensor, Tensor] = _finish(*maps, list(double), flag, out, relu)
+    run = operators.Finish.apply if _wants_gradient(*maps) else operators.finish
+    found: tuple[Tensor, Tensor] = run(*maps, list(double), flag, out, relu)
     return found
 
 
@@ -272,7 +166,10 @@ def upsample(coarse: Tensor, flag: Tensor, *, backend: str | None = None) -> Ten
     size: Size = (2 * coarse.shape[1], 2 * coarse.shape[2])
     if backends.select("dense_maps", backend, coarse) == backends.EAGER:
         return reference.finish(None, None, None, coarse, size, size, flag).to(coarse.dtype).contiguous()
-    result: Tensor = _upsample(coarse.contiguous(), list(size), list(size), flag)
+    if _wants_gradient(coarse):
+        grown: Tensor = operators.Upsample.apply(coarse.contiguous(), list(size), flag)
+        return grown
+    result: Tensor = operators.upsample(coarse.contiguous(), list(size), list(size), flag)
     return result
 
 
@@ -304,7 +201,7 @@ def gelu(
     if backends.select("dense_maps", backend, value, bias, residual) == backends.EAGER:
         return reference.gelu(value, bias, residual, flag).to(value.dtype)
     maps = [None if t is None else t.contiguous() for t in (value, bias, residual)]
-    result: Tensor = _gelu(*maps, flag)
+    result: Tensor = operators.gelu(*maps, flag)
     return result
 
 
@@ -336,5 +233,5 @@ def patches(x: Tensor, patch: int, dtype: torch.dtype, flag: Tensor, *, backend:
         return reference.patches(x, patch, padded(patch * patch * x.shape[3]), dtype, flag)
     cin = x.shape[3]
     dense = x.stride(2) == cin and (cin == 1 or x.stride(3) == 1)
-    result: Tensor = _patches(x if dense else x.contiguous(), patch, dtype, flag)
+    result: Tensor = operators.patches(x if dense else x.contiguous(), patch, dtype, flag)
     return result

@@ -39,12 +39,18 @@ class _ResizeBilinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, size: list[int]) -> Tensor:
-        ctx.size = [x.shape[1], x.shape[2]]
+        ctx.size = (x.shape[1], x.shape[2])
         return _forward(x, size)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _backward(grad, ctx.size), None
+        return resize_bilinear_transpose(grad, ctx.size), None
+
+
+def resize_bilinear_transpose(grad: Tensor, size: tuple[int, int]) -> Tensor:
+    """Gradient of a map [N, h, w, C] of that size from that of its resized map [N, H, W, C], by Triton."""
+    result: Tensor = _backward(grad, list(size))
+    return result
 
 
 def _triton_reasons(x: Tensor) -> list[str]:

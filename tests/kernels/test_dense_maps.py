@@ -73,6 +73,53 @@ def test_every_combination_is_the_sum(shape: tuple[int, int, int, int], dtype: t
     assert flag.item() == 0
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 5, 8, 24), (7, 13, 11, 24)])
+@pytest.mark.parametrize("wanted", ["sum", "relu", "both"])
+def test_gradients_are_the_sums(shape: tuple[int, int, int, int], dtype: torch.dtype, wanted: str) -> None:
+    """Of every operand, whichever results are used; a coarser map that is cut gets nothing from what is cut off."""
+    leaves = [t.requires_grad_() for t in inputs(shape, dtype)]
+    used = [i for i, name in enumerate(("sum", "relu")) if wanted in (name, "both")]
+    cotangents = [random(*shape, seed=9 + i, dtype=dtype) for i in range(2)]
+
+    def found(backend: str, operands: list[Tensor], given: list[Tensor]) -> list[Tensor]:
+        value, bias, residual, coarse = operands
+        flag = new_flag(value.device)
+        results = finish(value, bias, flag, residual=residual, coarse=coarse, relu=True, backend=backend)
+        return list(torch.autograd.grad([results[i] for i in used], operands, [given[i] for i in used]))
+
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    # The same signs before the ReLU: a sum that rounds to zero lets nothing through.
+    expected = found("eager", wide, [c.double() for c in cotangents])
+    with testing.poisoned_empty():
+        actual = found("triton", leaves, cotangents)
+        again = found("triton", leaves, cotangents)
+    for grad, other, oracle, leaf in zip(actual, again, expected, leaves, strict=True):
+        assert grad.dtype == dtype and grad.shape == leaf.shape
+        assert torch.equal(grad, other)
+        # The total is rounded before it is resized, and sums over pixels add float32 before they are rounded.
+        assert testing.relative_error(grad, oracle) <= 3 * testing.ROUNDING[dtype] + 1e-6
+
+
+def test_gradients_of_parts() -> None:
+    """What is not there, or wants none, is left out; and a result that is not asked for has no gradient."""
+    value, bias, residual, coarse = inputs((2, 5, 7, 24), torch.float32)
+    flag = new_flag(value.device)
+    value.requires_grad_()
+    only, nothing = finish(value, None, flag, backend="triton")
+    assert nothing.numel() == 0 and not nothing.requires_grad
+    (grad,) = torch.autograd.grad(only.sum(), value)
+    assert torch.equal(grad, torch.ones_like(value))
+    bias.requires_grad_()
+    summed, positive = finish(value.detach(), bias, flag, residual=residual, relu=True, backend="triton")
+    (grad,) = torch.autograd.grad(positive.sum(), bias)
+    torch.testing.assert_close(grad, (summed > 0).sum((0, 1, 2)).to(grad.dtype))
+    coarse.requires_grad_()
+    (grad,) = torch.autograd.grad(upsample(coarse, flag, backend="triton").sum(), coarse)
+    (other,) = torch.autograd.grad(upsample(coarse, flag, backend="eager").sum(), coarse)
+    torch.testing.assert_close(grad, other)
+
+
 def test_maps_need_not_be_contiguous() -> None:
     value, bias, residual, coarse = (t.transpose(1, 2) if t.ndim == 4 else t for t in inputs((2, 4, 6, 8), DTYPES[0]))
     flag = new_flag(value.device)

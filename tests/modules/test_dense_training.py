@@ -53,8 +53,8 @@ def narrow(
     """The head's channels, and gradients of its maps and parameters."""
     features, regressor = ours.children()
     assert isinstance(features, DPTFeatures) and isinstance(regressor, DPTRegressor)
-    out, peak = dense_head(features, regressor, given, SIZE, dtype, wait=wait)
-    assert out.dtype == torch.float32 and peak.shape == ()
+    out, left_range = dense_head(features, regressor, given, SIZE, dtype, wait=wait)
+    assert out.dtype == torch.float32 and not left_range
     return out.detach(), list(torch.autograd.grad(out, [*given, *ours.parameters()], grad))
 
 
@@ -129,7 +129,8 @@ def test_images_in_parts(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> No
     """Parts round sums elsewhere; recomputing changes no bit."""
     ours, given, grad = head(), maps(5), cotangent(5)
     at_once, once = narrow(ours, given, grad)
-    monkeypatch.setattr(dense_training, "PIXELS_AT_ONCE", 2 * SIZE[0] * SIZE[1])
+    for name in ("PIXELS_AT_ONCE", "RECOMPUTED_AT_ONCE"):
+        monkeypatch.setattr(dense_training, name, 2 * SIZE[0] * SIZE[1])
     out, gradients = narrow(ours, given, grad)
     assert relative_error(out, at_once) < STEP
     assert all(relative_error(found, other) < 4 * STEP for found, other in zip(gradients, once, strict=True))
@@ -142,34 +143,36 @@ def test_images_in_parts(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_recomputing_keeps_only_what_it_is_given() -> None:
-    class Alive(torch.autograd.Function):
-        """Counts the graphs that still hold its result."""
-
-        count = 0
-
-        @staticmethod
-        def forward(ctx: object, x: Tensor) -> Tensor:
-            Alive.count += 1
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: object, grad: Tensor) -> Tensor:
-            Alive.count -= 1
-            return grad
-
     ours, given = head(), maps()
-    hook = ours[0].scratch.refinenet4.register_forward_hook(lambda module, args, out: Alive.apply(out))
+    known = {t.untyped_storage().data_ptr() for t in (*given, *ours.parameters())}
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in known:
+            kept.append(tensor)
+        return tensor
+
+    features, regressor = ours.children()
+    counts = []
+    for recompute in (False, True):
+        features.checkpoint_gradient = regressor.checkpoint_gradient = recompute  # type: ignore[assignment]
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            dense_head(features, regressor, given, SIZE, torch.float16, wait=True)  # type: ignore[arg-type]
+        counts.append(len(kept))
+    assert counts[0] > 20 and counts[1] == 0
+
+
+def test_a_second_backward_pass_finds_its_graph_again() -> None:
+    ours, given = head(), maps()
     features, regressor = ours.children()
     out, _ = dense_head(features, regressor, given, SIZE, torch.float16, wait=True)  # type: ignore[arg-type]
-    assert Alive.count == 1
     out.sum().backward(retain_graph=True)
-    assert Alive.count == 0
     first = [p.grad.clone() for p in ours.parameters() if p.grad is not None]
-    out.sum().backward()  # the graph inside was used up: it is made again
+    out.sum().backward()  # the graph inside was used up
     for parameter, once in zip(ours.parameters(), first, strict=True):
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad, 2 * once, rtol=0, atol=0)
-    hook.remove()
 
 
 def test_frozen_parts_take_no_gradient() -> None:
