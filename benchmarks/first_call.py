@@ -2,9 +2,10 @@
 of views, which must compile nothing: `python -m benchmarks.first_call --jobs 8`.
 
 A call is the forward or, after it in the same process, the backward pass at the model's sizes: two registered
-operators, timed one by one. Kernels are counted by the binaries in Triton's cache. Rows go to
-`benchmarks/results/first_call/<gpu>.csv`; the exit code is 1 when a first call took longer than the limit, a later one
-compiled something, or anything failed.
+operators, timed one by one. What Triton sets up once in a new cache, whatever is launched first, is a row of its own
+(`triton`, a kernel that writes one number) and is there when an op is called. Kernels are counted by the binaries in
+Triton's cache. Rows go to `benchmarks/results/first_call/<gpu>.csv`; the exit code is 1 when a first call took longer
+than the limit, a later one compiled something, or anything failed.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class Call:
 
 
 KEY = ("case", "size", "direction", "provider", "backend", "call")
+SET_UP = "triton"  # the case of Triton's own set-up
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -119,13 +121,26 @@ def timed(call: Callable[[], Any], synchronize: Callable[[], None], cache: Path)
     return time.perf_counter() - start, compiled_kernels(cache) - before
 
 
+def set_up(options: argparse.Namespace, cache: Path) -> Call:
+    """Triton's first launch in this process."""
+    import torch
+
+    from . import triton_set_up
+
+    torch.zeros(1, device=options.device)
+    seconds, kernels = timed(triton_set_up.launch, torch.cuda.synchronize, cache)
+    return Call(SET_UP, "one number", "fwd", "triton", "", 1, 1, results.short(seconds), kernels)
+
+
 def measure(job: str, options: argparse.Namespace, cache: Path) -> list[Call]:
     """The calls of one job, in this process; of a backward case also the forward pass that comes before it."""
     import torch
 
     op, index, name = job.split(":", 2)
     provider, _, backend = name.partition(":")
-    synchronize = torch.cuda.synchronize if options.device == "cuda" else lambda: None
+    on_gpu = options.device == "cuda"
+    synchronize = torch.cuda.synchronize if on_gpu else lambda: None
+    first = [set_up(options, cache)] if on_gpu else []
     found = []
     for number, views in enumerate([options.views, *options.later], start=1):
         case = cases(op, views, options)[int(index)]
@@ -139,7 +154,7 @@ def measure(job: str, options: argparse.Namespace, cache: Path) -> list[Call]:
             shown = results.short(seconds)
             found.append(Call(op, case.size, direction, provider, backend, number, views, shown, kernels))
     # A later call has another size; the row belongs to the first one's.
-    return [Call(**{**asdict(call), "size": found[0].size}) for call in found]
+    return first + [Call(**{**asdict(call), "size": found[0].size}) for call in found]
 
 
 def start(job: str, arguments: Sequence[str]) -> list[Call] | str:
@@ -205,8 +220,9 @@ def measure_all(options: argparse.Namespace, arguments: Sequence[str]) -> tuple[
                 continue
             calls += found
             record(found)
-            shown = ", ".join(f"{c.direction} {c.views} views {c.seconds:g} s ({c.kernels} kernels)" for c in found)
-            print(f"{job} {found[0].size}: {shown}", flush=True)
+            own = [c for c in found if c.case != SET_UP]
+            shown = ", ".join(f"{c.direction} {c.views} views {c.seconds:g} s ({c.kernels} kernels)" for c in own)
+            print(f"{job} {own[0].size}: {shown}", flush=True)
     return calls, failures
 
 

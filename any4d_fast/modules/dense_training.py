@@ -29,8 +29,9 @@ from .dense_inference import features as run_features
 from .dense_inference import hidden_map, pack_conv, pack_features
 from .dpt import DPTFeatures, DPTRegressor, float32_sums, matmul_tf32
 
-# 24 images of 518 x 336 whose maps are kept; 6 of those whose maps are computed again, and are alive for so long only.
-PIXELS_AT_ONCE, RECOMPUTED_AT_ONCE = 1 << 22, 1 << 20
+# 24 images of 518 x 336 whose maps are kept; 12 of those whose maps are computed again, and are alive for so long only
+# (with 6 the host was slower than an H200).
+PIXELS_AT_ONCE, RECOMPUTED_AT_ONCE = 1 << 22, 1 << 21
 # A gradient's sum over the pixels of one channel, and its largest value, after scaling. A weight's gradient is at most
 # the first times the largest activation. Over 2^22 pixels the mean is 2^-9; float16's normal numbers begin at 2^-14.
 LARGEST_SUM, LARGEST = 2.0**13, 2.0**8
