@@ -215,8 +215,6 @@ def _fitting(needs: list[int], outputs: int, device: torch.device, memory_budget
 
 
 def balanced(views: int, limit: int) -> int:
-    """Length of chunks, at most `limit`, that divide the views as evenly as can be: a last one of another length has
-    convolutions of its own to prepare for."""
-    whole = [length for length in range(limit, 2 * limit // 3, -1) if views % length == 0]
+    """Length of chunks, at most `limit`, that divide the views as evenly as can be."""
     chunks = -(-views // limit)
-    return whole[0] if whole else -(-views // chunks)
+    return -(-views // chunks)
