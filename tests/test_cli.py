@@ -75,7 +75,7 @@ def test_random_weights_are_called_random(images: Path, tmp_path: Path, monkeypa
 def test_demo_takes_the_packaged_weights(tmp_path: Path) -> None:
     done = invoke("demo", "-o", tmp_path, "--device", "cpu")
     assert done.exit_code == 0, done.output
-    for word in ("168 x 126", "depth AbsRel", "depth scale", "predicting no motion", "rotation error"):
+    for word in ("336 x 252", "depth AbsRel", "depth scale", "predicting no motion", "rotation error"):
         assert word in done.output
     assert "random" not in done.output
     assert load_npz(tmp_path / "demo.npz").num_views == 4

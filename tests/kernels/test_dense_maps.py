@@ -230,6 +230,9 @@ def test_operators_are_registered_correctly() -> None:
     torch.library.opcheck(
         ops.dense_maps_finish.default, (value, bias, residual, coarse, [4, 4], flag, True, True)
     )  # fmt: skip
+    grads = (torch.randn_like(value), torch.randn_like(value))
+    for given in ((*grads, value.relu(), True, True), (grads[0], None, None, False, True)):
+        torch.library.opcheck(ops.dense_maps_finish_backward.default, given)
     torch.library.opcheck(ops.dense_maps_upsample.default, (coarse, [4, 4], [4, 4], flag))
     torch.library.opcheck(ops.dense_maps_gelu.default, (value, bias, residual, flag))
     torch.library.opcheck(ops.dense_maps_patches.default, (value.float(), 2, torch.float16, flag))

@@ -355,7 +355,11 @@ def test_opcheck() -> None:
     x, weight3, bias3, weight1, bias1 = inputs((1, 3, 4, 16), 16, 3, torch.float32)
     flat = weight1.flatten(1)
     ops = torch.ops.any4d_fast
-    torch.library.opcheck(ops.resize_conv_forward.default, (x, [5, 6], weight3, bias3, flat, bias1))
+    for out_dtype in (torch.float32, torch.float16):
+        narrow = x.to(out_dtype)
+        torch.library.opcheck(
+            ops.resize_conv_forward.default, (narrow, [5, 6], weight3, bias3, flat, bias1, torch.float32)
+        )
     packed = pack_layers(weight3, bias3, weight1, bias1, x.dtype).packed
     flag = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     torch.library.opcheck(ops.resize_conv_checked.default, (x, [5, 6], packed, flag))
