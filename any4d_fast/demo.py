@@ -19,7 +19,7 @@ from .train.synthetic import SyntheticClip, make_clip, to_views
 FILES = ("demo.rrd", "demo.glb", "demo.ply", "demo.npz", "demo.png")
 """What the demo writes: Rerun recording, points and cameras, points, every factor, contact sheet."""
 
-HEIGHT, WIDTH = 126, 168
+HEIGHT, WIDTH = 252, 336
 """Of the clip: what `tiny` was trained on (train/configs/tiny.toml)."""
 
 
