@@ -395,25 +395,21 @@ class Any4D(nn.Module):
     def recompute_activations(self, *parts: str) -> None:
         """Choose what a training step computes twice instead of keeping it for the backward pass.
 
-        Gradients are the same. What is kept for backward by a step of 24 views of 518 x 336 (released architecture,
-        bfloat16 autocast, one sample; counted, in GB; weights, their gradients and optimizer states come on top):
+        Gradients are the same. Peaks of a step of 24 views of 518 x 336 (released architecture, bfloat16 autocast, one
+        sample; weights and their gradients included, optimizer states not), measured on an H200:
 
-        | parts | kept | computed again |
+        | parts | GB | computed again |
         |---|---|---|
-        | none | 46.9 | |
-        | "mlp": the hidden rows of every transformer block's MLP | 31.6 | 0.28 TFLOP a view |
-        | "heads": maps of the dense heads, but the inputs of their blocks | 40.0 | 0.40 TFLOP a view |
-        | "mlp", "heads" | 24.7 | 0.68 TFLOP a view |
-        | "blocks": all of the transformer blocks but their inputs | 16.1 | a forward pass without heads |
-        | "blocks", "heads" | 9.2 | a forward pass |
+        | none | 46.2 | |
+        | "mlp": the hidden rows of every transformer block's MLP | 31.2 | 0.28 TFLOP a view |
+        | "heads": all of the dense heads | 41.8 | 0.40 TFLOP a view |
+        | "mlp", "heads" | 26.5 | 0.68 TFLOP a view |
+        | "blocks", "heads": all of the transformer blocks but their inputs too | 10.8 | a forward pass |
 
-        At its peak a step holds what is kept, the weights (2.3) and what the heads' last stage works on: gradients of
-        the doubled features and of the map that follows (96 MB a view), with "heads" those maps too (183 MB). That is
-        51.5 GB with nothing recomputed, 36.2 with "mlp", 31.4 with "mlp" and "heads", 20.7 with "blocks". With the
-        heads on 8 views at once (`minibatch_size=8` in the call) "mlp", "heads" stays below 30 GB: 28.5.
+        Heads were recomputed for six images at once in these; twelve, as they are now, took 0.7 more in the same step.
 
-        All this with the heads' last layers on Triton (`use_backend("triton")`). cuDNN, which training takes for them
-        by itself, keeps two maps more, 357 MB a view; with "heads" only while a head's gradients are computed.
+        All this with the dense heads in float16 (`any4d_fast.head_precision`). In TF32 they keep twice as much, and their
+        parts are recomputed block by block.
 
         Args:
             parts: any of "mlp", "blocks" and "heads"; none to keep everything. The configuration's options
