@@ -16,7 +16,7 @@ from . import head_precision
 from .graph_calls import intercepted
 from .memory import GPU_FINE_IMAGES, STREAM, balanced, head_chunk
 from .modules import factors
-from .modules.dense_training import dense_head
+from .modules.dense_training import dense_head, plain
 from .modules.dpt import DPTFeatures, DPTRegressor, float32_sums, matmul_tf32, to_head_dtype, token_maps, token_rows
 from .modules.host_weights import head_parameters, resident
 from .ops import dense_maps
@@ -79,7 +79,8 @@ def run_heads(
     few = pays_side_by_side(last.shape[0] * num_views * grid[0] * grid[1], last)
     # Whoever limits memory, or takes views one after the other, does not want the maps of all heads at once.
     parallel = narrow and few and step >= num_views and memory_budget is None
-    trained_in = head_precision.training_dtype(last, mixed) if torch.is_grad_enabled() else torch.float32
+    trained = torch.is_grad_enabled() and last.numel() > 0
+    trained_in = head_precision.training_dtype(last, mixed) if trained else torch.float32
     loop = _HeadLoop(model, tokens, num_views, grid, finish, parallel, trained_in)
     if narrow:
         flags = flags or head_precision.Flags(last.device)
@@ -200,11 +201,12 @@ class _HeadLoop:
     def _dense(self, features: DPTFeatures, regressor: DPTRegressor, maps: list[Tensor], flag: Tensor | None) -> Tensor:
         """[N, H, W, channels] of one head."""
         if flag is None and self.trained_in in head_precision.NARROW:
-            wait = head_precision.waits()
-            raw, left_range = dense_head(features, regressor, maps, self.size, self.trained_in, wait=wait)
-            if not (wait and bool(left_range)):
-                return raw
-            head_precision.warn_of_heads()
+            if plain(features, regressor):
+                wait = head_precision.waits()
+                raw, left_range = dense_head(features, regressor, maps, self.size, self.trained_in, wait=wait)
+                if not (wait and bool(left_range)):
+                    return raw
+                head_precision.warn_of_heads()
             maps = to_head_dtype(maps)
         if flag is None and regressor.doubles:
             wide: Tensor = regressor(features(maps, double=False), self.size, double=True)

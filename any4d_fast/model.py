@@ -408,8 +408,8 @@ class Any4D(nn.Module):
 
         Heads were recomputed for six images at once in these; twelve, as they are now, took 0.7 more in the same step.
 
-        All this with the dense heads in float16 (`any4d_fast.head_precision`). In TF32 they keep twice as much, and their
-        parts are recomputed block by block.
+        All this with the dense heads in float16 (`any4d_fast.head_precision`). In TF32 they keep twice as much, and are
+        recomputed block by block.
 
         Args:
             parts: any of "mlp", "blocks" and "heads"; none to keep everything. The configuration's options

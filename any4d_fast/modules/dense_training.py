@@ -27,7 +27,7 @@ from ..memory import balanced
 from ..ops import dense_maps
 from .dense_inference import features as run_features
 from .dense_inference import hidden_map, pack_conv, pack_features
-from .dpt import DPTFeatures, DPTRegressor, float32_sums, matmul_tf32
+from .dpt import DPTFeatures, DPTRegressor, FusionBlock, ResidualConvUnit, Scratch, float32_sums, matmul_tf32
 
 # 24 images of 518 x 336 whose maps are kept; 12 of those whose maps are computed again, and are alive for so long only
 # (with 6 the host was slower than an H200).
@@ -36,6 +36,9 @@ PIXELS_AT_ONCE, RECOMPUTED_AT_ONCE = 1 << 22, 1 << 21
 # the first times the largest activation. Over 2^22 pixels the mean is 2^-9; float16's normal numbers begin at 2^-14.
 LARGEST_SUM, LARGEST = 2.0**13, 2.0**8
 MOST = 2.0**120  # of the factor itself, so that one over it is a float32 too: gradients of zeros need none
+
+_LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.ReLU, nn.Sequential, nn.ModuleList)
+_BLOCKS = (DPTFeatures, DPTRegressor, FusionBlock, ResidualConvUnit, Scratch)
 
 
 class Job(NamedTuple):
@@ -82,6 +85,15 @@ class _Part(NamedTuple):
     left_range: Tensor
 
 
+def plain(*modules: nn.Module) -> bool:
+    """Whether weights alone say what a head does: no adapter in a layer's place, no parametrization, no hook."""
+    layers = [layer for module in modules for layer in module.modules()]
+    hooks = (
+        h for m in layers for h in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
+    )
+    return all(type(layer) in (*_LAYERS, *_BLOCKS) for layer in layers) and not any(hooks)
+
+
 def dense_head(
     features: DPTFeatures,
     regressor: DPTRegressor,
@@ -94,8 +106,8 @@ def dense_head(
     """A head's channels in 16 bits inside and float32 outside, differentiable once.
 
     Args:
-        features, regressor: the head's modules; with their `checkpoint_gradient` nothing inside is kept for the
-            backward pass.
+        features, regressor: the head's modules, which must be `plain`; with their `checkpoint_gradient` nothing inside
+            is kept for the backward pass.
         maps: four [N, C_i, h, w] in channels-last memory, any floating dtype.
         size: (H, W) of the image.
         dtype: torch.float16 or torch.bfloat16.
@@ -140,7 +152,8 @@ class _DenseHead(torch.autograd.Function):
             given = [g for g in found if g is not None]
             torch._foreach_mul_(given, inverse)
             if job.wait and not all_finite(given):
-                found = _gradients(job._replace(dtype=torch.float32), grad, tensors, wanted, [])
+                wide = job._replace(dtype=torch.float32, keep=False)
+                found = _gradients(wide, grad, tensors, wanted, [])
         return None, *found
 
 

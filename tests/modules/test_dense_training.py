@@ -14,7 +14,7 @@ from any4d_fast import head_precision
 from any4d_fast.config import DenseHeadConfig
 from any4d_fast.head_precision import never_wait, training_dtype, use_head_dtype
 from any4d_fast.modules import dense_training
-from any4d_fast.modules.dense_training import LARGEST, LARGEST_SUM, dense_head, scale
+from any4d_fast.modules.dense_training import LARGEST, LARGEST_SUM, dense_head, plain, scale
 from any4d_fast.modules.dpt import DPTFeatures, DPTRegressor
 from any4d_fast.testing import relative_error
 from tests.golden_cases import golden_weights
@@ -191,6 +191,45 @@ def test_frozen_parts_take_no_gradient() -> None:
             torch.testing.assert_close(tensor.grad, expected[name], rtol=0, atol=0)
         else:
             assert tensor.grad is None
+
+
+@pytest.mark.parametrize("change", ["hook", "adapter", "parametrization"])
+def test_a_head_that_is_more_than_its_weights_runs_layer_by_layer(change: str) -> None:
+    """What somebody has put into a layer has its say, and trains."""
+
+    class Adapter(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.layer, self.factor = layer, nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.layer(x)
+            return out * self.factor
+
+    class Half(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight / 2
+
+    model = small_model().train()
+    views = [{"img": torch.randn(1, 3, 28, 42, generator=torch.Generator().manual_seed(0))}]
+    assert plain(model.dpt_feature_head, model.dpt_regressor_head)
+    before = gradients_of(model, views)[0]
+    head, seen = model.dpt_regressor_head, []
+    if change == "hook":
+        head.conv1.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    elif change == "adapter":
+        head.conv1 = Adapter(head.conv1)  # type: ignore[assignment]
+    else:
+        nn.utils.parametrize.register_parametrization(head.conv1, "weight", Half())
+    assert not plain(model.dpt_feature_head, head)
+    expected = gradients_of(model, views)[0]
+    seen.clear()
+    with use_head_dtype(torch.float16):
+        loss = gradients_of(model, views)[0]
+    torch.testing.assert_close(loss, expected, rtol=2e-3, atol=0)
+    assert seen == ([torch.float32] if change == "hook" else [])
+    assert change == "hook" or abs(loss - before) > 0.01 * before
+    assert change != "adapter" or head.conv1.factor.grad is not None
 
 
 def test_second_derivatives_are_refused() -> None:
