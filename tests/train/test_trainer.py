@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from any4d_fast import Any4D
+from any4d_fast import Any4D, head_precision
 from any4d_fast.config import PRESETS, ConfigError
 from any4d_fast.train import sources
 from any4d_fast.train.checkpoints import OPTIMIZER, CheckpointFolder
@@ -290,3 +290,26 @@ def test_two_processes_are_the_larger_batch(kind: str, tmp_path: Path) -> None:
     config = cases.settings(tmp_path / "one", data={"batch_size": 2}, inputs=always(), schedule=schedule)
     train(config, progress=False)
     assert_close_updates(cases.final_state(tmp_path / "two"), cases.final_state(tmp_path / "one"))
+
+
+def test_steps_never_wait_for_the_heads_range(tmp_path: Path) -> None:
+    """A step out of range has no finite gradient, which is skipped; and `run.heads` says who computes in TF32."""
+    like, seen = torch.zeros(1), []
+    for heads, dtype in (("fp16", None), ("tf32", torch.float32)):
+        with opened(cases.settings(tmp_path / heads, run={"heads": heads}), progress=False):
+            seen.append((head_precision.waits(), head_precision._CHOSEN.get() == dtype))
+    assert seen == [(False, True)] * 2
+    assert head_precision.waits()
+    assert head_precision.training_dtype(like, mixed=True) == torch.float32  # no GPU
+
+
+def test_a_head_out_of_range_is_a_skipped_step(tmp_path: Path) -> None:
+    """In 16 bits on any device, as on a GPU under autocast."""
+    config = cases.settings(tmp_path / "run")
+    with opened(config, progress=False) as trainer, head_precision.use_head_dtype(torch.float16):
+        with torch.no_grad():
+            trainer.model.scene_flow_dpt_feature_head.scratch.layer2_rn.weight.mul_(1e5)
+        before = [p.detach().clone() for p in trainer.model.parameters()]
+        trainer.runner.run([trainer.source.make(0)], 0)
+        assert int(trainer.optimizer.skipped) == 1
+        assert all(torch.equal(p, old) for p, old in zip(trainer.model.parameters(), before, strict=True))
