@@ -37,6 +37,8 @@ PIXELS_AT_ONCE, RECOMPUTED_AT_ONCE = 1 << 22, 1 << 21
 LARGEST_SUM, LARGEST = 2.0**13, 2.0**8
 MOST = 2.0**120  # of the factor itself, so that one over it is a float32 too: gradients of zeros need none
 
+MAPS = 4  # token maps that a head reads: the first of its function's tensors, before the parameters
+
 _LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.ReLU, nn.Sequential, nn.ModuleList)
 _BLOCKS = (DPTFeatures, DPTRegressor, FusionBlock, ResidualConvUnit, Scratch)
 
@@ -130,10 +132,11 @@ class _DenseHead(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         ctx.job, ctx.kept = job, []
         wanted, found = ctx.needs_input_grad[1:], []
+        keep = job.keep and any(wanted)
         for images in _chunks(tensors[0], job):
-            part = _forward(job, images, tensors, wanted, job.keep and any(wanted))
+            part = _forward(job, images, tensors, wanted, keep)
             found.append((part.out.detach(), part.left_range))
-            if job.keep and any(wanted):
+            if keep:
                 ctx.kept.append(part)
         outs, flags = zip(*found, strict=True)
         ctx.left_range = left_range = torch.stack(flags).any()
@@ -180,8 +183,7 @@ def _chunks(images: Tensor, job: Job) -> Iterator[slice]:
 
 def _forward(job: Job, images: slice, tensors: tuple[Tensor, ...], wanted: tuple[bool, ...], keep: bool) -> _Part:
     """Some images, on leaves of their own."""
-    maps = len(tensors) - len(list(job.head.parameters()))
-    given = [t[images] if i < maps else t for i, t in enumerate(tensors)]
+    given = [*(t[images] for t in tensors[:MAPS]), *tensors[MAPS:]]
     leaves = [t.detach().requires_grad_(keep and need) for t, need in zip(given, wanted, strict=True)]
     flag = dense_maps.new_flag(leaves[0].device)
     with (
@@ -189,8 +191,8 @@ def _forward(job: Job, images: slice, tensors: tuple[Tensor, ...], wanted: tuple
         torch.autocast(leaves[0].device.type, enabled=False),
         float32_sums(),
     ):
-        parameters = {name: leaf for (name, _), leaf in zip(job.head.named_parameters(), leaves[maps:], strict=True)}
-        inputs = [leaf.to(job.dtype) for leaf in leaves[:maps]]
+        parameters = {name: leaf for (name, _), leaf in zip(job.head.named_parameters(), leaves[MAPS:], strict=True)}
+        inputs = [leaf.to(job.dtype) for leaf in leaves[:MAPS]]
         # Modules under several names are one: tied by PyTorch, their parameters would not all be put back.
         out = functional_call(job.head, parameters, (inputs, job.size, flag), tie_weights=False)
     outside = ~torch.linalg.vector_norm(out.detach(), math.inf).isfinite()
@@ -201,15 +203,15 @@ def _gradients(
     job: Job, grad: Tensor, tensors: tuple[Tensor, ...], wanted: tuple[bool, ...], kept: list[_Part]
 ) -> list[Tensor | None]:
     """Of every tensor that wants one, by parts that were kept or are computed again."""
-    maps = len(tensors) - len(list(job.head.parameters()))
+    maps = sum(wanted[:MAPS])
     of_maps: list[list[Tensor]] = []
     sums: list[Tensor] = []
     for images in _chunks(grad, job):
         part = kept.pop(0) if kept else _forward(job, images, tensors, wanted, True)
         leaves = [leaf for leaf in part.leaves if leaf.requires_grad]
         found = torch.autograd.grad(part.out, leaves, grad[images])
-        of_maps.append(list(found[: sum(wanted[:maps])]))
-        others = list(found[sum(wanted[:maps]) :])
+        of_maps.append(list(found[:maps]))
+        others = list(found[maps:])
         if sums:
             torch._foreach_add_(sums, others)
         else:

@@ -208,10 +208,10 @@ class Upsample(torch.autograd.Function):
     """Keeps nothing but the map's size."""
 
     @staticmethod
-    def forward(ctx: Any, coarse: Tensor, size: list[int], flag: Tensor) -> Tensor:
+    def forward(ctx: Any, coarse: Tensor, double: list[int], size: list[int], flag: Tensor) -> Tensor:
         ctx.half = coarse.shape[1:3]
-        return upsample(coarse, size, size, flag)
+        return upsample(coarse, double, size, flag)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return resize_bilinear_transpose(grad, ctx.half), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        return resize_bilinear_transpose(grad, ctx.half), None, None, None

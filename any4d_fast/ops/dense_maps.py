@@ -166,10 +166,8 @@ def upsample(coarse: Tensor, flag: Tensor, *, backend: str | None = None) -> Ten
     size: Size = (2 * coarse.shape[1], 2 * coarse.shape[2])
     if backends.select("dense_maps", backend, coarse) == backends.EAGER:
         return reference.finish(None, None, None, coarse, size, size, flag).to(coarse.dtype).contiguous()
-    if _wants_gradient(coarse):
-        grown: Tensor = operators.Upsample.apply(coarse.contiguous(), list(size), flag)
-        return grown
-    result: Tensor = operators.upsample(coarse.contiguous(), list(size), list(size), flag)
+    run = operators.Upsample.apply if _wants_gradient(coarse) else operators.upsample
+    result: Tensor = run(coarse.contiguous(), list(size), list(size), flag)
     return result
 
 

@@ -18,18 +18,10 @@ MAX_OUTPUTS = 16
 """Most output channels of the Triton kernels: one tile of the last matmul."""
 
 
-def _forward_impl(
-    x: Tensor,
-    size: list[int],
-    weight3: Tensor,
-    bias3: Tensor,
-    weight1: Tensor,
-    bias1: Tensor,
-    out_dtype: torch.dtype,
-) -> Tensor:
+def _forward_impl(x: Tensor, size: list[int], *layers_and_dtype: Any) -> Tensor:
     from ..kernels.resize_conv import resize_conv_forward
 
-    return resize_conv_forward(x, (size[0], size[1]), weight3, bias3, weight1, bias1, out_dtype)
+    return resize_conv_forward(x, (size[0], size[1]), *layers_and_dtype)
 
 
 def _forward_fake(

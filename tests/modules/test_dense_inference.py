@@ -187,11 +187,6 @@ def test_weights_are_converted_once() -> None:
             part.derived.weights(part, torch.float16, lambda *_: pytest.fail("converted again"))
 
 
-@pytest.fixture
-def fresh_warning() -> None:
-    head_precision._WARNED.clear()
-
-
 def model_inputs() -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(1)
     return [{"img": torch.randn(2, 3, 28, 42, generator=generator)} for _ in range(3)]

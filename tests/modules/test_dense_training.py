@@ -26,11 +26,6 @@ STEP = 2.0**-11  # of float16's rounding
 Loss = Callable[[Tensor], Tensor]
 
 
-@pytest.fixture
-def fresh_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_precision, "_WARNED", set())
-
-
 def head(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     ours = nn.Sequential(DPTFeatures(CONFIG, DIMS), DPTRegressor(CONFIG))
     golden_weights(ours)
