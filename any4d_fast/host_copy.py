@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
+from . import host_pages
 from .head_loop import Outputs
 
 ALIGNMENT = 512  # bytes: any dtype, and whole lines of a copy
@@ -17,6 +18,9 @@ AHEAD = 2  # chunks that may wait for their copy: the device holds the outputs o
 # Bytes pinned at once: some 18 views of 518 x 336, so that whoever keeps one view keeps no more than these, and a
 # power of two, to which PyTorch rounds up.
 BLOCK = 1 << 28
+# PyTorch keeps what it pinned, so that calls one after the other pin once. Of more (some 400 views) that would be a
+# large part of the host's memory, and would stay there.
+KEPT = 1 << 32
 
 
 class HostCopies:
@@ -41,15 +45,18 @@ class HostCopies:
         """The same dictionaries with tensors in host memory; a tensor that occurs twice is copied once."""
         if self._stream is None:
             return [dict(view) for view in outputs]
-        unique = list({id(t): t for view in outputs for t in view.values()}.values())
+        runs = adjoining({id(t): t for view in outputs for t in view.values()}.values())
+        whole = [joined(run) for run in runs]
         if not self._memory.expects:
-            self._memory.expect(sum(map(padded, unique)) * self._views // len(outputs))
-        copies = dict(zip(map(id, unique), self._memory.take(unique), strict=True))
+            self._memory.expect(sum(map(padded, whole)) * self._views // len(outputs))
+        copies: dict[int, Tensor] = {}
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            for tensor in unique:
-                copies[id(tensor)].copy_(tensor, non_blocking=True)
-                tensor.record_stream(self._stream)  # its memory is not reused before the copy is done
+            for run, source, target in zip(runs, whole, self._memory.take(whole), strict=True):
+                target.copy_(source, non_blocking=True)
+                source.record_stream(self._stream)  # its memory is not reused before the copy is done
+                parts = target.view(-1).split([t.numel() for t in run])
+                copies.update((id(t), part.view(t.shape)) for t, part in zip(run, parts, strict=True))
         self._events.append(self._stream.record_event())
         if len(self._events) > AHEAD:
             self._events.pop(0).synchronize()
@@ -69,6 +76,34 @@ class HostCopies:
         self._memory.close()
 
 
+def adjoining(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Tensors in runs that lie one behind the other in one storage: outputs of a chunk's views are cut from its maps.
+
+    A tensor that is not contiguous, or empty, is a run of its own.
+    """
+    runs: list[list[Tensor]] = []
+    flat: list[Tensor] = []
+    for tensor in tensors:
+        if tensor.is_contiguous() and tensor.numel():
+            flat.append(tensor)
+        else:
+            runs.append([tensor])
+    last: tuple[int, int, torch.dtype] | None = None  # the last run's storage, address behind it, and dtype
+    for tensor in sorted(flat, key=lambda t: (t.untyped_storage().data_ptr(), t.data_ptr())):
+        storage, start = tensor.untyped_storage().data_ptr(), tensor.data_ptr()
+        if last != (storage, start, tensor.dtype):
+            runs.append([])
+        runs[-1].append(tensor)
+        last = storage, start + tensor.numel() * tensor.element_size(), tensor.dtype
+    return runs
+
+
+def joined(run: Sequence[Tensor]) -> Tensor:
+    """A run of `adjoining` as one flat tensor; a single one as it is."""
+    first = run[0]
+    return first if len(run) == 1 else first.as_strided((sum(t.numel() for t in run),), (1,))
+
+
 def padded(tensor: Tensor) -> int:
     """Bytes of a tensor's place in a block."""
     return -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
@@ -77,9 +112,9 @@ def padded(tensor: Tensor) -> int:
 class HostMemory:
     """Host memory in blocks, which a thread allocates ahead of their use.
 
-    The host is seconds ahead of the GPU when the first outputs are added, because nothing before waits for the GPU: of
-    many views, all memory is pinned while the transformer still runs. Pinning takes the driver half a second a GB, and
-    launches wait for it meanwhile.
+    The host is seconds ahead of the GPU when the first outputs are added, because nothing before waits for the GPU. Of
+    many views, the pages of all memory (`host_pages`) are there when the transformer is done; pinned by PyTorch, 10 GB
+    kept the GPU idle for 4.6 s after it.
 
     Args:
         device: where copies come from: memory is pinned for a GPU, and pageable for a CPU.
@@ -87,7 +122,7 @@ class HostMemory:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._free = torch.empty(0, dtype=torch.uint8)
+        self._free: list[Tensor] = []  # ends of blocks
         self._thread: ThreadPoolExecutor | None = None
         self._ahead: deque[Future[Tensor]] = deque()
 
@@ -99,20 +134,30 @@ class HostMemory:
     def expect(self, size: int) -> None:
         """Begin to allocate whole blocks of so many bytes; `take` allocates what is missing in the end."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="any4d_fast pinning")
-        self._ahead.extend(self._thread.submit(self._allocate, BLOCK) for _ in range(size // BLOCK))
+        allocate = self._allocate_pages if size > KEPT else self._allocate
+        self._ahead.extend(self._thread.submit(allocate, BLOCK) for _ in range(size // BLOCK))
 
     def take(self, like: Sequence[Tensor]) -> list[Tensor]:
         """Uninitialised contiguous tensors of the shapes and dtypes of others."""
         sizes = [padded(tensor) for tensor in like]
         left, found = sum(sizes), []
         for tensor, size in zip(like, sizes, strict=True):
-            if size > self._free.numel():
-                ready = self._ahead and size <= BLOCK
-                self._free = self._ahead.popleft().result() if ready else self._allocate(left)
-            place, self._free = self._free[:size], self._free[size:]
-            found.append(place[: tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape))
+            place = self._place(size, left)[: tensor.numel() * tensor.element_size()]
+            found.append(place.view(tensor.dtype).view(tensor.shape))
             left -= size
         return found
+
+    def _place(self, size: int, left: int) -> Tensor:
+        """So many bytes at the first end of a block that has them, or of the next block; `left` bytes are wanted."""
+        at = next((i for i, end in enumerate(self._free) if len(end) >= size), None)
+        if at is None:
+            at = len(self._free)
+            ready = self._ahead and size <= BLOCK
+            self._free.append(self._ahead.popleft().result() if ready else self._allocate(left))
+        place, self._free[at] = self._free[at][:size], self._free[at][size:]
+        if not len(self._free[at]):
+            del self._free[at]
+        return place
 
     def close(self) -> None:
         """Allocate no more ahead."""
@@ -125,3 +170,10 @@ class HostMemory:
             return torch.empty(size, dtype=torch.uint8)
         with torch.cuda.device(self._device):
             return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+    def _allocate_pages(self, size: int) -> Tensor:
+        if self._device.type != "cuda":
+            return self._allocate(size)
+        with torch.cuda.device(self._device):
+            block = host_pages.pinned(size)
+        return self._allocate(size) if block is None else block

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from torch import Tensor
 from any4d_fast import Any4D, head_loop, host_copy, memory
 from any4d_fast.config import preset
 from any4d_fast.head_precision import use_head_dtype
-from any4d_fast.host_copy import ALIGNMENT, HostCopies, HostMemory
+from any4d_fast.host_copy import ALIGNMENT, HostCopies, HostMemory, adjoining, joined
 from any4d_fast.memory import (
     balanced,
     chunk_bytes,
@@ -272,6 +272,53 @@ def test_closed_host_memory_allocates_nothing_more(monkeypatch: pytest.MonkeyPat
     go.set()
     thread.shutdown(wait=True)
     assert len(begun) <= 1
+
+
+def test_what_does_not_fit_leaves_the_end_of_a_block_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_copy, "BLOCK", 4 * ALIGNMENT)
+    memory = HostMemory(CPU)
+    memory.expect(8 * ALIGNMENT)
+    large, small = torch.zeros(3 * ALIGNMENT, dtype=torch.uint8), torch.zeros(ALIGNMENT, dtype=torch.uint8)
+    found = memory.take([large, large, small, small])
+    assert [len(storages(found)), len(storages(found[::2])), len(storages(found[1::2]))] == [2, 1, 1]
+    memory.close()
+
+
+def test_many_views_take_memory_that_goes_back_to_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def allocates(name: str) -> Callable[[HostMemory, int], Tensor]:
+        def allocate(memory: HostMemory, size: int) -> Tensor:
+            asked.append(name)
+            return torch.empty(size, dtype=torch.uint8)
+
+        return allocate
+
+    monkeypatch.setattr(host_copy, "BLOCK", ALIGNMENT)
+    monkeypatch.setattr(host_copy, "KEPT", 4 * ALIGNMENT)
+    monkeypatch.setattr(HostMemory, "_allocate", allocates("kept"))
+    monkeypatch.setattr(HostMemory, "_allocate_pages", allocates("given back"))
+    for blocks, kind in ((4, "kept"), (5, "given back")):
+        asked.clear()
+        memory = HostMemory(CPU)
+        memory.expect(blocks * ALIGNMENT)
+        memory.take([torch.zeros(ALIGNMENT, dtype=torch.uint8)] * (blocks + 1))
+        memory.close()
+        assert asked == [kind] * blocks + ["kept"]  # PyTorch pins what nobody expected
+
+
+def test_neighbouring_outputs_are_copied_as_one() -> None:
+    whole, other = torch.arange(24.0).view(4, 2, 3), torch.arange(6)
+    views = [whole[i] for i in range(4)]
+    columns, nothing = whole[0].t(), whole[1, :0]
+    runs = adjoining([views[2], other, views[0], columns, views[1], nothing])
+    assert sorted(map(len, runs)) == [1, 1, 1, 3]
+    run = next(run for run in runs if len(run) == 3)
+    assert all(a is b for a, b in zip(run, views, strict=False))  # in the order in which they lie in memory
+    assert torch.equal(joined(run), torch.arange(18.0))
+    assert all(joined(run) is run[0] for run in runs if len(run) == 1)
+    assert len(adjoining([views[0], views[2]])) == 2
+    assert len(adjoining([views[0], views[1].view(torch.int32)])) == 2
 
 
 def test_host_copies_without_a_gpu_hand_through() -> None:
