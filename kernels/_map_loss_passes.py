@@ -16,7 +16,7 @@ from ._penalties import (
     sign,
     squash_factor,
 )
-from ._points import EPS, load3, store3, sum_column
+from ._points import EPS, component, load3, store3, sum_columns
 
 TERMS = tl.constexpr(5)
 DISTANCE_SUMS = tl.constexpr(3)
@@ -112,10 +112,12 @@ def finish_distances_kernel(
     columns = views * chunks
     partials += sample * DISTANCE_SUMS * columns
     world = (tl.load(has_rays + sample) != 0) & (tl.load(has_poses + sample) != 0)
-    count = sum_column(partials + 2 * columns, columns, BLOCK)
-    safe = tl.maximum(count, 1.0)
-    tl.store(pred_distance + sample, (sum_column(partials, columns, BLOCK) / safe).to(tl.float32))
-    tl.store(distance + sample, (sum_column(partials + columns, columns, BLOCK) / safe).to(tl.float32))
+    sums = sum_columns(partials, columns, DISTANCE_SUMS, 4, BLOCK)
+    index = tl.arange(0, 4)
+    count = component(sums, index, 2)
+    means = sums / tl.maximum(count, 1.0)
+    tl.store(pred_distance + sample, component(means, index, 0).to(tl.float32))
+    tl.store(distance + sample, component(means, index, 1).to(tl.float32))
     number = count.to(tl.int64)
     counts += sample * TERMS
     tl.store(counts + 1, number if HAS_DEPTH else number * 0)
@@ -218,26 +220,21 @@ def finish_losses_kernel(
     every = views.to(tl.int64) * pixels
     rays_count = tl.where(tl.load(has_rays + sample) != 0, every, 0) * HAS_RAYS
     mask_count = tl.where(tl.load(has_surface + sample) != 0, every, 0) * HAS_LOGITS
-    flow_count = sum_column(partials + 8 * columns, columns, BLOCK).to(tl.int64)
+    sums = sum_columns(partials, columns, LOSS_SUMS, 16, BLOCK)
+    index = tl.arange(0, 16)
+    flow_count = component(sums, index, LOSS_SUMS - 1).to(tl.int64)
     tl.store(counts, rays_count)
     tl.store(counts + 3, flow_count)
     tl.store(counts + 4, mask_count)
-    depth_count = tl.load(counts + 1)
-    points_count = tl.load(counts + 2)
-    _store_mean(terms, partials, rays_count, columns, BLOCK)
-    _store_mean(terms + 1, partials + columns, depth_count, columns, BLOCK)
-    _store_mean(terms + 2, partials + 2 * columns, points_count, columns, BLOCK)
-    _store_mean(terms + 3, partials + 3 * columns, flow_count, columns, BLOCK)
-    _store_mean(terms + 4, partials + 4 * columns, mask_count, columns, BLOCK)
-    _store_mean(slopes, partials + 5 * columns, depth_count, columns, BLOCK)
-    _store_mean(slopes + 1, partials + 6 * columns, points_count, columns, BLOCK)
-    _store_mean(slopes + 2, partials + 7 * columns, flow_count, columns, BLOCK)
-
-
-@triton.jit
-def _store_mean(out, partials, count, columns, BLOCK: tl.constexpr):
-    total = sum_column(partials, columns, BLOCK)
-    tl.store(out, (total / tl.maximum(count, 1).to(tl.float64)).to(tl.float32))
+    # Sums of the five terms, then slopes of the depth's, points' and flow's.
+    of_depth, of_points, of_flow = (index == 1) | (index == 5), (index == 2) | (index == 6), (index == 3) | (index == 7)
+    number = tl.where(index == 0, rays_count, mask_count)
+    number = tl.where(of_depth, tl.load(counts + 1), number)
+    number = tl.where(of_points, tl.load(counts + 2), number)
+    number = tl.where(of_flow, flow_count, number)
+    means = (sums / tl.maximum(number, 1).to(tl.float64)).to(tl.float32)
+    tl.store(terms + index, means, mask=index < TERMS)
+    tl.store(slopes + index - TERMS, means, mask=(index >= TERMS) & (index < TERMS + 3))
 
 
 @triton.jit

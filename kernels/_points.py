@@ -117,6 +117,24 @@ def sum_column(partials, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def sum_columns(partials, count, NUMBER: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """`sum_column` of NUMBER columns one behind the other, in one loop: a [WIDTH] vector, a power of two."""
+    column = tl.arange(0, WIDTH)[:, None]
+    lane = tl.arange(0, BLOCK)[None, :]
+    total = tl.zeros([WIDTH, BLOCK], tl.float64)
+    for start in range(0, count, BLOCK):
+        mask = (start + lane < count) & (column < NUMBER)
+        total += tl.load(partials + column * count + start + lane, mask=mask, other=0.0).to(tl.float64)
+    return tl.sum(total, axis=1)
+
+
+@triton.jit
+def component(vector, index, place: tl.constexpr):
+    """The element of a vector whose index is `place`."""
+    return tl.sum(tl.where(index == place, vector, 0.0))
+
+
+@triton.jit
 def store_sums3(partials, count, a, b, c):
     """Write the sums of three blocks into three neighbouring columns of `count` partial sums."""
     tl.store(partials, tl.sum(a))

@@ -49,7 +49,7 @@ class Config(NamedTuple):
 DISTANCES = Config(block=128, warps=4, iterations=32)
 LOSSES = Config(block=128, warps=4, iterations=32)
 BACKWARD = Config(block=128, warps=4, iterations=4)
-_FINISH_BLOCK = 128
+_FINISH_BLOCK, _FINISH_WARPS = 128, 4  # sixteen columns at once are 32 registers a thread in float64
 
 
 def _contiguous(maps: PredictedMaps, targets: TargetMaps) -> tuple[PredictedMaps, TargetMaps]:
@@ -110,7 +110,7 @@ def forward(
     )  # fmt: skip
     finish_distances_kernel[(batch,)](
         partials, *flags, pred_distance, distance, counts, views, chunks,
-        HAS_DEPTH=maps.depth_along_ray is not None, BLOCK=_FINISH_BLOCK, num_warps=1,
+        HAS_DEPTH=maps.depth_along_ray is not None, BLOCK=_FINISH_BLOCK, num_warps=_FINISH_WARPS,
     )  # fmt: skip
 
     chunks = LOSSES.chunks(pixels)
@@ -124,7 +124,7 @@ def forward(
     finish_losses_kernel[(batch,)](
         partials, targets.has_rays, targets.has_surface, counts, terms, slopes, views, pixels, chunks,
         HAS_RAYS=maps.ray_directions is not None, HAS_LOGITS=maps.mask_logits is not None,
-        BLOCK=_FINISH_BLOCK, num_warps=1,
+        BLOCK=_FINISH_BLOCK, num_warps=_FINISH_WARPS,
     )  # fmt: skip
     return terms, pred_distance, distance, counts, slopes
 
@@ -220,6 +220,6 @@ def aot_cases() -> list[AotCase]:
                 nothing = {arg: None for arg in absent if arg in kernel.arg_names}
                 add(f"{step} {name}", kernel, kind, {**nothing, "ROBUST": robust, **tile(config)}, config.warps)
     finish = {"BLOCK": _FINISH_BLOCK}
-    add("finish distances", finish_distances_kernel, "fp32", {"HAS_DEPTH": True, **finish}, 1)
-    add("finish losses", finish_losses_kernel, "fp32", {"HAS_RAYS": True, "HAS_LOGITS": True, **finish}, 1)
+    add("finish distances", finish_distances_kernel, "fp32", {"HAS_DEPTH": True, **finish}, _FINISH_WARPS)
+    add("finish losses", finish_losses_kernel, "fp32", {"HAS_RAYS": True, "HAS_LOGITS": True, **finish}, _FINISH_WARPS)
     return cases
