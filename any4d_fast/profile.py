@@ -25,8 +25,8 @@ HEAD_START_CYCLES = 1_000_000
 MATMUL_SIZE = 8192
 COPY_BYTES = 1 << 30
 
-LINEARS = ("addmm", "mm", "bmm", "baddbmm", "linear", "convolution", "_addmm_activation", "linear_gelu_forward",
-           "linear_residual_forward", "tokenize_forward")  # fmt: skip
+LINEARS = ("addmm", "mm", "bmm", "baddbmm", "linear", "convolution", "_addmm_activation", "linear_forward",
+           "linear_gelu_forward", "linear_residual_forward", "tokenize_forward")  # fmt: skip
 VIEWS = ("view", "_unsafe_view", "t", "transpose", "permute", "as_strided", "unsqueeze", "squeeze", "slice", "select",
          "expand", "detach", "alias", "unbind", "split", "split_with_sizes", "chunk", "narrow", "unflatten", "empty",
          "empty_like", "empty_strided", "new_empty", "lift_fresh")  # fmt: skip

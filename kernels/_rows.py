@@ -55,6 +55,13 @@ def programs(rows: int, tile: RowTile, device: torch.device) -> int:
     return min(tiles, tile.programs * processors(device)) if tile.programs else tiles
 
 
+def strips(rows: int, columns: int, tile: RowTile, device: torch.device) -> tuple[int, int]:
+    """Grid of an elementwise pass over [rows, columns]: programs along the columns, and strips of rows."""
+    across = triton.cdiv(columns, tile.chunk)
+    wanted = triton.cdiv(tile.programs * processors(device), across)
+    return across, min(wanted, triton.cdiv(rows, tile.rows))
+
+
 def as_rows(x: Tensor) -> Tensor:
     """[..., C] as [rows, C] with unit stride in C; a view whenever the strides allow one."""
     if x.stride(-1) != 1 and x.shape[-1] != 1:

@@ -10,8 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ._linear import LinearTile, launch, linear_cases
-from ._rows import RowTile, as_rows, column_sums, processors
+from ._rows import RowTile, as_rows, column_sums, strips
 from .aot import AotCase
+from .linear import weight_gradient
 
 # 256 channels a program are 16 bytes a lane in 16 bits; 8 rows a step give every lane 16 elements of two inputs in
 # flight, twice with the second stage; four programs a multiprocessor hide what latency is left.
@@ -65,13 +66,6 @@ def gelu_backward_kernel(
             total += g
     if NEED_BIAS:
         tl.store(partials + tl.program_id(1).to(tl.int64) * N + column, tl.sum(total, axis=0), mask=inside)
-
-
-def strips(rows: int, columns: int, tile: RowTile, device: torch.device) -> tuple[int, int]:
-    """Grid of an elementwise pass over [rows, columns]: programs along the columns, and strips of rows."""
-    across = triton.cdiv(columns, tile.chunk)
-    wanted = triton.cdiv(tile.programs * processors(device), across)
-    return across, min(wanted, triton.cdiv(rows, tile.rows))
 
 
 def gelu_backward(
@@ -128,18 +122,16 @@ def linear_gelu_forward(
 def linear_gelu_backward(
     grad: Tensor,  # [..., N]
     x: Tensor,  # [..., K]
-    weight: Tensor,  # [N, K]
+    weight: Tensor,  # [N, K] in x's dtype
     pre: Tensor,  # [..., N], contiguous
     need_x: bool,
-    need_weight: bool,
+    weight_dtype: torch.dtype | None,
     bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias; empty tensors where not wanted. The matmuls are the vendor library's."""
-    flat = as_rows(x)
     grad_pre, grad_bias = gelu_backward(as_rows(grad), pre, bias_dtype)
-    empty = torch.empty(0, device=x.device, dtype=x.dtype)
-    grad_x = (grad_pre @ weight).view(x.shape) if need_x else empty
-    grad_weight = grad_pre.T @ flat if need_weight else empty.clone()
+    grad_x = (grad_pre @ weight).view(x.shape) if need_x else x.new_empty(0)
+    grad_weight = x.new_empty(0) if weight_dtype is None else weight_gradient(grad_pre, as_rows(x), weight_dtype)
     return grad_x, grad_weight, grad_bias
 
 

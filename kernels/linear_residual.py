@@ -8,9 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ._linear import LinearTile, launch, linear_cases
-from ._rows import RowTile, as_rows, column_sums
+from ._rows import RowTile, as_rows, column_sums, strips
 from .aot import AotCase
-from .linear_gelu import BACKWARD_TILE, strips
+from .linear_gelu import BACKWARD_TILE
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_scale"])

@@ -49,6 +49,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
         ("attention", "SAMPLED_QUERIES", 3),
         ("tokenize", "CHANNELS", 32),
         ("unshuffle_conv", "WIDTH", 16),
+        ("linear", "WIDTHS", (32, 48)),
         ("linear_gelu", "WIDTHS", (32, 48)),
         ("resize_bilinear", "CHANNELS", 16),
         ("resize_conv", "CHANNELS", 32),

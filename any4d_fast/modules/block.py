@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,20 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     """Dtype of matrix products on this tensor: autocast's where it is on, else the tensor's own."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a layer is its weight and bias and no more: no adapter in its place, no parametrization, no hook."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return type(layer) is nn.Linear and not any(hooks)
+
+
+def _linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """`layer(x)`; where `x` has the dtype of matrix products, through the op, from the parameters as they are."""
+    if _plain(layer) and x.dtype == compute_dtype(x):
+        return ops.linear(x, layer.weight, layer.bias)
+    result: Tensor = layer(x)
+    return result
 
 
 class LayerScale(nn.Module):
@@ -48,12 +62,11 @@ class SelfAttention(nn.Module):
 
     def forward(self, y: Tensor, segments: Segments, scale: float, weights: BlockWeights | None = None) -> Tensor:
         """[R, C] normed rows -> [R, C] branch; rows outside every segment attend to nothing."""
-        packed = self.qkv(y) if weights is None else F.linear(y, weights.qkv_weight, weights.qkv_bias)
+        packed = _linear(self.qkv, y) if weights is None else F.linear(y, weights.qkv_weight, weights.qkv_bias)
         out = ops.attention(self.arrange(packed), segments=segments, scale=scale)  # [R, heads, head_dim]
         assert isinstance(out, Tensor)
         rows = out.flatten(1)
-        result: Tensor = self.proj(rows) if weights is None else F.linear(rows, weights.proj_weight, weights.proj_bias)
-        return result
+        return _linear(self.proj, rows) if weights is None else F.linear(rows, weights.proj_weight, weights.proj_bias)
 
     def arrange(self, packed: Tensor) -> Tensor:
         """[R, 3C] queries, keys and values -> [R, 3, heads, head_dim], normed where configured."""
@@ -77,9 +90,8 @@ class Mlp(nn.Module):
         if weights is not None:
             hidden = ops.linear_gelu(y, weights.in_weight, weights.in_bias)
             return F.linear(hidden, weights.out_weight, weights.out_bias)
-        hidden = ops.linear_gelu(y, self.fc1.weight.to(y.dtype), self.fc1.bias.to(y.dtype))
-        result: Tensor = self.fc2(F.dropout(hidden, self.drop, self.training))
-        return result
+        hidden = ops.linear_gelu(y, self.fc1.weight, self.fc1.bias) if _plain(self.fc1) else F.gelu(self.fc1(y))
+        return _linear(self.fc2, F.dropout(hidden, self.drop, self.training))
 
 
 class SwiGLU(nn.Module):
@@ -92,11 +104,10 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(hidden, dim)
 
     def forward(self, y: Tensor, weights: BlockWeights | None = None) -> Tensor:
-        both = self.w12(y) if weights is None else F.linear(y, weights.in_weight, weights.in_bias)
+        both = _linear(self.w12, y) if weights is None else F.linear(y, weights.in_weight, weights.in_bias)
         gate, value = both.chunk(2, dim=-1)
         hidden = F.silu(gate) * value
-        result: Tensor = self.w3(hidden) if weights is None else F.linear(hidden, weights.out_weight, weights.out_bias)
-        return result
+        return _linear(self.w3, hidden) if weights is None else F.linear(hidden, weights.out_weight, weights.out_bias)
 
 
 class Block(nn.Module):

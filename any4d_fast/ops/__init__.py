@@ -13,6 +13,7 @@ from .attention_fp8 import attention_fp8
 from .compose_factors import Factors, compose_factors
 from .fuse_tokens import fuse_tokens
 from .layer_norm import layer_norm
+from .linear import linear
 from .linear_fp8 import Rows8, correct_bias, linear_fp8, quantize_rows
 from .linear_gelu import linear_gelu, linear_residual
 from .map_losses import MapLosses, PredictedMaps, TargetMaps, map_losses
@@ -41,6 +42,7 @@ __all__ = [
     "fuse_tokens",
     "layer_norm",
     "layer_norm_fp8",
+    "linear",
     "linear_fp8",
     "linear_gelu",
     "linear_residual",

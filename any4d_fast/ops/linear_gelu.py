@@ -12,7 +12,8 @@ from .. import backends
 from ..reference.linear_gelu import linear_gelu as reference_linear_gelu
 from ..reference.linear_gelu import linear_residual as reference_linear_residual
 from ._library import define
-from .layer_norm import NARROW, check_rows, check_vector
+from .layer_norm import check_vector
+from .linear import check_linear, linear, triton_reasons
 from .residual_norm import check_row_scale, residual_norm
 
 
@@ -41,12 +42,12 @@ def _gelu_backward_impl(
     weight: Tensor,
     pre: Tensor,
     need_x: bool,
-    need_weight: bool,
+    weight_dtype: torch.dtype | None,
     bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from ..kernels.linear_gelu import linear_gelu_backward
 
-    return linear_gelu_backward(grad, x, weight, pre, need_x, need_weight, bias_dtype)
+    return linear_gelu_backward(grad, x, weight, pre, need_x, weight_dtype, bias_dtype)
 
 
 def _gelu_backward_fake(
@@ -55,20 +56,20 @@ def _gelu_backward_fake(
     weight: Tensor,
     pre: Tensor,
     need_x: bool,
-    need_weight: bool,
+    weight_dtype: torch.dtype | None,
     bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         x.new_empty(x.shape if need_x else (0,)),
-        x.new_empty(weight.shape if need_weight else (0,)),
+        x.new_empty(weight.shape if weight_dtype else (0,), dtype=weight_dtype or x.dtype),
         x.new_empty(weight.shape[0] if bias_dtype else 0, dtype=bias_dtype or torch.float32),
     )
 
 
 _gelu_backward = define(
     "linear_gelu_backward",
-    "(Tensor grad, Tensor x, Tensor weight, Tensor pre, bool need_x, bool need_weight, ScalarType? bias_dtype) "
-    "-> (Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor x, Tensor weight, Tensor pre, bool need_x, ScalarType? weight_dtype, "
+    "ScalarType? bias_dtype) -> (Tensor, Tensor, Tensor)",
     _gelu_backward_impl,
     _gelu_backward_fake,
 )
@@ -77,8 +78,10 @@ _gelu_backward = define(
 class _LinearGelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        out, pre = _gelu_forward(x, weight, bias, True)
-        ctx.save_for_backward(x, weight, pre)
+        narrow = weight.to(x.dtype)
+        out, pre = _gelu_forward(x, narrow, bias, True)
+        ctx.save_for_backward(x, narrow, pre)
+        ctx.weight_dtype = weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         return out
 
@@ -86,8 +89,9 @@ class _LinearGelu(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # type: ignore[override]
         x, weight, pre = ctx.saved_tensors
         needs = ctx.needs_input_grad
+        weight_dtype = ctx.weight_dtype if needs[1] else None
         bias_dtype = ctx.bias_dtype if needs[2] else None
-        grads = _gelu_backward(grad, x, weight, pre, needs[0], needs[1], bias_dtype)
+        grads = _gelu_backward(grad, x, weight, pre, needs[0], weight_dtype, bias_dtype)
         return grads[0] if needs[0] else None, grads[1] if needs[1] else None, grads[2] if needs[2] else None
 
 
@@ -180,34 +184,12 @@ class _LinearResidual(torch.autograd.Function):
         return grads[0], grads[1], grads[2], grad if need_residual else None, grads[3], None, None
 
 
-def _triton_reasons(x: Tensor, *others: Tensor | None) -> list[str]:
-    why_not = backends.triton_reasons(x, *others)
-    dtypes = {t.dtype for t in (x, *others) if t is not None}
-    for dtype in sorted(dtypes - set(NARROW), key=str):
-        why_not.append(f"dtype {dtype} is not float32, float16 or bfloat16")
-    return why_not
-
-
 def _cublas_reasons(x: Tensor, *others: Tensor | None) -> list[str]:
     return backends.not_on_cuda("cuBLAS runs", x)
 
 
-backends.register("linear_gelu", triton=_triton_reasons, cublas=_cublas_reasons)
-backends.register("linear_residual", triton=_triton_reasons, cublas=_cublas_reasons)
-
-
-def _check_linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    check_rows(op, "x", x)
-    if weight.ndim != 2 or weight.shape[1] != x.shape[-1] or not weight.shape[0]:
-        raise ValueError(
-            f"{op}: weight: expected [N, {x.shape[-1]}] (outputs, inputs) for x {list(x.shape)}, "
-            f"got {list(weight.shape)}; the weight of torch.nn.Linear has this layout"
-        )
-    if weight.dtype != x.dtype:
-        raise ValueError(
-            f"{op}: weight: expected {x.dtype} like x, got {weight.dtype}; convert one: weight.to(x.dtype)"
-        )
-    check_vector(op, "bias", bias, weight.shape[0])
+backends.register("linear_gelu", triton=triton_reasons, cublas=_cublas_reasons)
+backends.register("linear_residual", triton=triton_reasons, cublas=_cublas_reasons)
 
 
 def _wants_gradients(*tensors: Tensor | None) -> bool:
@@ -224,11 +206,12 @@ def linear_gelu(
     """gelu(x weight^T + bias) with the exact (erf) GELU, in one kernel.
 
     Sums are float32. Where gradients are wanted the pre-activation is kept in `x`'s dtype; backward takes GELU's
-    derivative and the bias gradient in one deterministic pass and leaves the two matmuls to the vendor library.
+    derivative and the bias gradient in one deterministic pass and leaves the two matmuls to the vendor library; a
+    float32 weight under 16-bit rows gets its gradient as in `linear`.
 
     Args:
         x: [..., K], float32, float16, bfloat16 or float64, any strides; zero rows are fine.
-        weight: [N, K] in `x`'s dtype, as in torch.nn.Linear.
+        weight: [N, K], any floating dtype, as in torch.nn.Linear; rounded to `x`'s dtype for the products.
         bias: [N], any floating dtype, or None.
         backend: `"triton"`, `"cublas"` (the vendor's matmul, then GELU), `"eager"`, or None for automatic choice.
 
@@ -239,17 +222,17 @@ def linear_gelu(
         ValueError: a shape or dtype that does not fit.
         BackendError: the backend asked for cannot run this call.
     """
-    _check_linear("linear_gelu", x, weight, bias)
+    check_linear("linear_gelu", x, weight, bias)
     name = backends.select("linear_gelu", backend, x, weight, bias)
     if name == "cublas":
-        return F.gelu(F.linear(x, weight, None if bias is None else bias.to(x.dtype)))
+        return F.gelu(linear(x, weight, bias))
     if name == backends.EAGER:
         return reference_linear_gelu(x, weight, bias)
     result: Tensor
     if _wants_gradients(x, weight, bias):
         result = _LinearGelu.apply(x, weight, bias)
     else:
-        result = _gelu_forward(x, weight, bias, False)[0]
+        result = _gelu_forward(x, weight.to(x.dtype), bias, False)[0]
     return result
 
 
@@ -289,7 +272,11 @@ def linear_residual(
         BackendError: the backend asked for cannot run this call.
     """
     op = "linear_residual"
-    _check_linear(op, x, weight, bias)
+    check_linear(op, x, weight, bias)
+    if weight.dtype != x.dtype:
+        raise ValueError(
+            f"{op}: weight: expected {x.dtype} like x, got {weight.dtype}; convert one: weight.to(x.dtype)"
+        )
     channels = weight.shape[0]
     if residual.shape != (*x.shape[:-1], channels) or not residual.is_floating_point():
         raise ValueError(

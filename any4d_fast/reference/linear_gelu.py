@@ -7,6 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from .linear import linear
 from .residual_norm import residual_norm
 
 
@@ -16,7 +17,7 @@ def linear_gelu(
     bias: Tensor | None = None,  # [N]
 ) -> Tensor:
     """gelu(x weight^T + bias) with the exact (erf) GELU; [..., N] in x's dtype."""
-    return F.gelu(F.linear(x, weight, None if bias is None else bias.to(x.dtype)))
+    return F.gelu(linear(x, weight, bias))
 
 
 def linear_residual(
@@ -30,6 +31,6 @@ def linear_residual(
     rows_per_scale: int = 1,
 ) -> Tensor:
     """residual + row_scale gamma (x weight^T + bias); [..., N] in the residual's dtype."""
-    branch = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    branch = linear(x, weight, bias)
     scale: dict[str, Any] = {"row_scale": row_scale, "rows_per_scale": rows_per_scale}
     return residual_norm(residual, branch, gamma, normalize=False, **scale)[0]

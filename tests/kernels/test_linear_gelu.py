@@ -184,7 +184,7 @@ def test_opcheck() -> None:
     torch.library.opcheck(ops.linear_gelu_forward.default, (x, weight, bias, True))
     torch.library.opcheck(ops.linear_gelu_forward.default, (x, weight, None, False))
     out, pre = ops.linear_gelu_forward(x, weight, bias, True)
-    for flags in ((True, True, torch.float32), (False, True, None), (True, False, torch.bfloat16)):
+    for flags in ((True, torch.float32, torch.float32), (False, torch.bfloat16, None), (True, None, torch.bfloat16)):
         torch.library.opcheck(ops.linear_gelu_backward.default, (out, x, weight, pre, *flags))
     torch.library.opcheck(ops.linear_residual_forward.default, (x, weight, bias, residual, gamma, scale, 2))
     torch.library.opcheck(ops.linear_residual_forward.default, (x, weight, None, residual, None, None, 1))

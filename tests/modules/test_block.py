@@ -1,0 +1,125 @@
+"""Linear layers of a block in training: from their parameters where they are plain, else by calling them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from any4d_fast import ops
+from any4d_fast.modules import block as block_module
+from any4d_fast.modules.block import Block
+from any4d_fast.ops import Segments
+
+LAYERS = {False: ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"), True: ("attn.qkv", "attn.proj", "mlp.w12", "mlp.w3")}
+EVERY = [(gated, name) for gated, names in LAYERS.items() for name in names]
+
+
+class Adapter(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def made(gated: bool = False) -> Block:
+    torch.manual_seed(0)
+    return Block(48, 3, init_values=0.5, gated=gated)
+
+
+def replace(block: Block, name: str, layer: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(block.get_submodule(parent), child, layer)
+
+
+def step(block: Block, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Both results of a block, and the gradients of everything that it is given or made of (or an error)."""
+    generator = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(12, 48, generator=generator, requires_grad=True) for _ in range(2))
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        outs = block(x, y.to(dtype or y.dtype), Segments.frame(batch=1, views=2, tokens=6), 0.25, nn.LayerNorm(48))
+    assert all(isinstance(out, Tensor) for out in outs)
+    parts = [p for name, p in block.named_parameters() if not name.startswith("norm1")]  # the block before applies it
+    return [*outs, *torch.autograd.grad(sum(out.float().square().sum() for out in outs), (x, y, *parts))]
+
+
+@pytest.fixture
+def by_modules(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From the call on, layers are called as modules, whatever they are."""
+    return lambda: monkeypatch.setattr(block_module, "_plain", lambda layer: False)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_same_as_calling_the_layers(
+    gated: bool, dtype: torch.dtype | None, by_modules: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[torch.dtype] = []
+    monkeypatch.setattr(ops, "linear", lambda x, *given, run=ops.linear: (calls.append(x.dtype), run(x, *given))[1])
+    found = step(made(gated), dtype)
+    expected_calls = [dtype or torch.float32] * (4 if gated else 3)  # the fourth of the plain MLP is linear_gelu's
+    assert calls == expected_calls
+    by_modules()
+    for actual, expected in zip(found, step(made(gated), dtype), strict=True):
+        assert actual.dtype == expected.dtype
+        assert torch.equal(actual, expected)
+    assert calls == expected_calls
+
+
+def test_rows_of_another_dtype_than_autocasts_go_through_the_module() -> None:
+    block, y = made(), torch.randn(12, 48)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = block.attn(y, Segments.frame(batch=1, views=2, tokens=6), 0.25)
+        assert out.dtype == torch.bfloat16
+        with torch.autocast("cpu", enabled=False):
+            assert block.attn(y, Segments.frame(batch=1, views=2, tokens=6), 0.25).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("gated", "name"), EVERY)
+def test_an_adapter_is_called(gated: bool, name: str, by_modules: Callable[[], None]) -> None:
+    block, scaled = made(gated), made(gated)
+    layer = block.get_submodule(name)
+    assert isinstance(layer, nn.Linear)
+    adapter = Adapter(layer.in_features, layer.out_features)
+    adapter.load_state_dict(layer.state_dict())
+    replace(block, name, adapter)
+    with torch.no_grad():
+        for parameter in scaled.get_submodule(name).parameters():
+            parameter.mul_(2)
+    by_modules()
+    for actual, expected in zip(step(block)[:4], step(scaled)[:4], strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize(("gated", "name"), EVERY)
+def test_hooks_run(gated: bool, name: str) -> None:
+    ran: list[str] = []
+
+    def note(kind: str) -> Any:
+        return lambda *_: ran.append(kind)
+
+    block = made(gated)
+    layer = block.get_submodule(name)
+    layer.register_forward_pre_hook(note("before"))
+    layer.register_forward_hook(note("after"))
+    layer.register_full_backward_pre_hook(note("before backward"))
+    layer.register_full_backward_hook(note("after backward"))
+    found = step(block)
+    assert ran == ["before", "after", "before backward", "after backward"]
+    for actual, expected in zip(found, step(made(gated)), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize(("gated", "name"), EVERY)
+def test_a_parametrization_takes_part(gated: bool, name: str) -> None:
+    class Double(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    block = made(gated)
+    layer = block.get_submodule(name)
+    before = step(block)[0]
+    parametrize.register_parametrization(layer, "weight", Double())
+    assert not torch.equal(before, step(block)[0])
