@@ -46,7 +46,7 @@ class FusedMlp(Swap):
             return found
         dtype = matmul_dtype(x)
         # The bias is added to the float32 sum: it needs no rounding.
-        hidden = ops.linear_gelu(x.to(dtype), self.fc1.weight.to(dtype), self.fc1.bias)
+        hidden = ops.linear_gelu(x.to(dtype), self.fc1.weight, self.fc1.bias)
         return self.finish(hidden)
 
     def finish(self, hidden: Tensor) -> Tensor:
