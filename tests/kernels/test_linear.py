@@ -144,7 +144,8 @@ def test_only_the_gradients_that_are_needed(wanted: tuple[int, ...]) -> None:
 
 def test_no_copy_of_a_weight_that_fits() -> None:
     x, weight, _ = (t.requires_grad_() for t in inputs(6, 16, 24, torch.bfloat16, torch.bfloat16) if t is not None)
-    kept = linear(x, weight, backend="triton").grad_fn.saved_tensors  # type: ignore[union-attr]
+    out = linear(x, weight, backend="triton")  # kept: what its graph has saved goes with it
+    kept = out.grad_fn.saved_tensors  # type: ignore[union-attr]
     assert [t.data_ptr() for t in kept] == [x.data_ptr(), weight.data_ptr()]
 
 
