@@ -1,7 +1,7 @@
 """What runs between the convolutions of a dense head: bias, residual, resized coarser map and ReLU in one pass.
 
 Forward, and the gradients of all four as dense heads train: the maps of 16 views of 518 x 336 at four times the patch
-grid, in float16. And a weight that a training step brings into the maps' dtype and layout.
+grid, in float16.
 """
 
 from __future__ import annotations
@@ -63,37 +63,8 @@ def case(sizes: Sizes, direction: str) -> Case:
     )
 
 
-def weights(backend: str) -> Callable[[Tensor], Tensor]:
-    def run(weight: Tensor) -> Tensor:
-        return dense_maps.lay_out(weight, torch.float16, backend=backend)
-
-    return run
-
-
-def weights_case(sizes: Sizes, direction: str) -> Case:
-    """A weight that a training step casts and lays out, and its gradient on the way back."""
-
-    def plain_weights(weight: Tensor) -> Tensor:
-        return reference.lay_out(weight, torch.float16)
-
-    return op_case(
-        "dense_maps",
-        direction,
-        f"weight {CHANNELS}x{CHANNELS}x3x3 fp16",
-        inputs=lambda: [random(CHANNELS, CHANNELS, 3, 3, device=sizes.device)],
-        functions={
-            "eager": weights("eager"),
-            "compile": compiled(plain_weights),
-            "any4d_fast:triton": weights("triton"),
-        },
-        exact=lambda weight: weight.contiguous(memory_format=torch.channels_last),
-        bytes=CHANNELS * CHANNELS * 9 * (4 + 2),
-        views=sizes.views[0],
-    )
-
-
 def cases(sizes: Sizes = FULL) -> list[Case]:
-    return [make(sizes, direction) for make in (case, weights_case) for direction in TRAFFIC]
+    return [case(sizes, direction) for direction in TRAFFIC]
 
 
 def test_dense_maps(case: Case, provider: str, bench: Callable[[Case, str], None]) -> None:

@@ -112,17 +112,14 @@ class FeatureWeights(NamedTuple):
     fusions: list[FusionWeights]
 
 
-def _cast(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+def _cast(parameter: Tensor, dtype: torch.dtype, layout: torch.memory_format = torch.preserve_format) -> Tensor:
     """In another dtype; with gradients of the parameter where they are enabled."""
-    return (parameter if torch.is_grad_enabled() else parameter.detach()).to(dtype)
+    return (parameter if torch.is_grad_enabled() else parameter.detach()).to(dtype, memory_format=layout)
 
 
 def pack_conv(conv: nn.Conv2d, dtype: torch.dtype) -> Conv:
     """Weights of a 3x3 convolution."""
-    if torch.is_grad_enabled():
-        weight = dense_maps.lay_out(conv.weight, dtype)
-    else:  # once: not worth a kernel that a first call would wait for
-        weight = conv.weight.detach().to(dtype, memory_format=torch.channels_last)
+    weight = _cast(conv.weight, dtype, torch.channels_last)
     return Conv(weight, None if conv.bias is None else _cast(conv.bias, dtype))
 
 

@@ -1,4 +1,4 @@
-"""The registered operators of `dense_maps`, and the gradients of three of them; Triton alone, arguments unchecked."""
+"""The registered operators of `dense_maps`, and the gradients of two of them; Triton alone, arguments unchecked."""
 
 from __future__ import annotations
 
@@ -117,26 +117,6 @@ def _patches_fake(x: Tensor, patch: int, dtype: torch.dtype, flag: Tensor) -> Te
     return x.new_empty(n, height // patch, width // patch, padded(patch * patch * cin), dtype=dtype)
 
 
-def _lay_out_impl(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    from ..kernels.dense_maps_weights import lay_out
-
-    return lay_out(weight, dtype)
-
-
-def _lay_out_fake(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(weight, dtype=dtype, memory_format=torch.channels_last)
-
-
-def _lay_out_backward_impl(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    from ..kernels.dense_maps_weights import lay_out_backward
-
-    return lay_out_backward(grad, dtype)
-
-
-def _lay_out_backward_fake(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(grad, dtype=dtype, memory_format=torch.contiguous_format)
-
-
 finish = define(
     "dense_maps_finish",
     "(Tensor value, Tensor? bias, Tensor? residual, Tensor? coarse, SymInt[] double, Tensor(a!) flag, bool out, "
@@ -170,15 +150,6 @@ patches = define(
     "(Tensor x, int patch, ScalarType dtype, Tensor(a!) flag) -> Tensor",
     _patches_impl,
     _patches_fake,
-)
-
-
-lay_out = define("dense_maps_lay_out", "(Tensor weight, ScalarType dtype) -> Tensor", _lay_out_impl, _lay_out_fake)
-lay_out_backward = define(
-    "dense_maps_lay_out_backward",
-    "(Tensor grad, ScalarType dtype) -> Tensor",
-    _lay_out_backward_impl,
-    _lay_out_backward_fake,
 )
 
 
@@ -244,16 +215,3 @@ class Upsample(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         return resize_bilinear_transpose(grad, ctx.half), None, None, None
-
-
-class LayOut(torch.autograd.Function):
-    """Keeps the parameter's dtype."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.dtype = weight.dtype
-        return lay_out(weight, dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return lay_out_backward(grad.contiguous(memory_format=torch.channels_last), ctx.dtype), None

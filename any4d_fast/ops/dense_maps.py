@@ -6,7 +6,7 @@ A float16 map holds nothing beyond 65,504. Every function here takes a flag, [1]
 where a value that it has computed in float32 does not fit its result's dtype (or is not a number). Nothing waits for
 the flag: whoever runs a head or a tokenizer reads it once, at the end.
 
-`finish`, `upsample` and `lay_out` are differentiable, which dense heads train with; the others are for inference.
+`finish` and `upsample` are differentiable, which dense heads train with; the others are for inference.
 """
 
 from __future__ import annotations
@@ -232,37 +232,4 @@ def patches(x: Tensor, patch: int, dtype: torch.dtype, flag: Tensor, *, backend:
     cin = x.shape[3]
     dense = x.stride(2) == cin and (cin == 1 or x.stride(3) == 1)
     result: Tensor = operators.patches(x if dense else x.contiguous(), patch, dtype, flag)
-    return result
-
-
-def lay_out(weight: Tensor, dtype: torch.dtype, *, backend: str | None = None) -> Tensor:
-    """A convolution's weight as convolutions of channels-last maps read it, in their dtype; differentiable.
-
-    PyTorch's copy takes 40 us for the weight of a 3x3 convolution of 256 channels, each way.
-
-    Args:
-        weight: [Cout, Cin, kh, kw] floating point, any strides.
-        dtype: of the result.
-        backend: "triton", "eager" or None.
-
-    Returns:
-        [Cout, Cin, kh, kw] in `dtype` and channels-last memory. Its gradient becomes contiguous, in the weight's dtype.
-
-    Raises:
-        ValueError: `weight` or `dtype` is not as above.
-        BackendError: `backend` cannot run this call.
-    """
-    if weight.ndim != 4 or not weight.is_floating_point():
-        raise ValueError(
-            f"weight: expected [Cout, Cin, kh, kw] floating point, got {list(weight.shape)} {weight.dtype}; "
-            "pass the weight of a torch.nn.Conv2d"
-        )
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype: expected a floating point one, got {dtype}")
-    name = backends.select("dense_maps", backend, weight)
-    # One tap or one channel: both layouts are the same memory.
-    if name == backends.EAGER or weight.shape[1] == 1 or weight.shape[2] * weight.shape[3] == 1:
-        return reference.lay_out(weight, dtype)
-    run = operators.LayOut.apply if _wants_gradient(weight) else operators.lay_out
-    result: Tensor = run(weight.contiguous(), dtype)
     return result

@@ -68,8 +68,3 @@ def patches(x: Tensor, patch: int, channels: int, dtype: torch.dtype, flag: Tens
     grid = x.to(dtype).reshape(n, rows, patch, columns, patch * cin).transpose(2, 3)
     found = grid.reshape(n, rows, columns, patch * patch * cin)
     return F.pad(found, (0, channels - found.shape[3]))
-
-
-def lay_out(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """See `any4d_fast.ops.dense_maps.lay_out`."""
-    return weight.to(dtype, memory_format=torch.channels_last)

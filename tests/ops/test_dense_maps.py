@@ -134,29 +134,3 @@ def test_the_backend_is_registered() -> None:
 
     assert backends.registered("dense_maps")[-1] == "eager"
     assert dense_maps._triton_reasons(torch.zeros(1, dtype=torch.float64))
-
-
-def test_a_laid_out_weight_is_the_same_weight() -> None:
-    weight = random(6, 5, 3, 3).requires_grad_()
-    found = dense_maps.lay_out(weight, torch.bfloat16)
-    assert found.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(found, weight.to(torch.bfloat16))
-    (grad,) = torch.autograd.grad(found.float().sum(), weight)
-    assert grad.dtype == torch.float32 and torch.equal(grad, torch.ones_like(weight))
-
-
-@pytest.mark.parametrize(
-    ("weight", "dtype", "message"),
-    [
-        (
-            torch.zeros(3, 4, 3),
-            torch.float16,
-            r"weight: expected \[Cout, Cin, kh, kw\] floating point, got \[3, 4, 3\]",
-        ),
-        (torch.zeros(3, 4, 3, 3, dtype=torch.int8), torch.float16, "weight: expected .* got .* torch.int8"),
-        (torch.zeros(3, 4, 3, 3), torch.int32, "dtype: expected a floating point one, got torch.int32"),
-    ],
-)
-def test_weights_that_cannot_be_laid_out(weight: Tensor, dtype: torch.dtype, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        dense_maps.lay_out(weight, dtype)
