@@ -18,7 +18,7 @@ def train(
     config: Annotated[
         str,
         typer.Option(
-            help="A TOML file, or one of the package: tiny_start, tiny_middle, tiny_late, tiny, finetune, smoke."
+            help="A TOML file, or one of the package: tiny, the parts before it (docs/training.md), finetune, smoke."
         ),
     ],
     assignments: Annotated[

@@ -14,7 +14,7 @@ STOPPED = 75
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a configuration; returns the exit status: 0 finished, 75 stopped with a checkpoint, 2 a user's mistake."""
     parser = argparse.ArgumentParser(prog="python -m any4d_fast.train", description="Train a model.")
-    parser.add_argument("config", help="a TOML file, or tiny_start, tiny_middle, tiny_late, tiny, finetune or smoke")
+    parser.add_argument("config", help="a TOML file, or tiny, a part before it (docs/training.md), finetune or smoke")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as optimizer.lr=1e-4")
     parser.add_argument("--init", help="weights to start from: a file or a Hugging Face id (model.init)")
     parser.add_argument("--output", help="folder of the run (run.output)")

@@ -252,7 +252,7 @@ class TrainConfig:
         init: str | None = None,
         output: str | None = None,
     ) -> TrainConfig:
-        """From a TOML file, or one of the package: tiny_start, tiny_middle, tiny_late, tiny, finetune, smoke.
+        """From a TOML file, or one of the package: tiny and the parts before it (docs/training.md), finetune, smoke.
 
         Args:
             path: the file or name.
