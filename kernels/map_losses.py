@@ -43,9 +43,9 @@ class Config(NamedTuple):
         return triton.cdiv(pixels, self.block * self.iterations)
 
 
-# Not measured yet. One pixel a thread: the losses take 80 registers so (121 with confidence and robust loss), and
-# 102 (128 and spills) with two. As in unproject, 4,096 pixels a program spread its reductions' shuffles; the pass that
-# only writes takes few, so that the last programs of a launch do not wait for long.
+# Not swept yet (forward at 22 % of the copy bandwidth). One pixel a thread: the losses take 80 registers so (121 with
+# confidence and robust loss), and 102 (128 and spills) with two. As in unproject, 4,096 pixels a program spread its
+# reductions' shuffles; the pass that only writes takes few, so that the last programs of a launch do not wait for long.
 DISTANCES = Config(block=128, warps=4, iterations=32)
 LOSSES = Config(block=128, warps=4, iterations=32)
 BACKWARD = Config(block=128, warps=4, iterations=4)
