@@ -7,6 +7,7 @@ beside whatever the GPU does, and the driver then registers pages that are there
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import mmap
@@ -25,9 +26,16 @@ def pinned(size: int) -> Tensor | None:
     """
     if size == 0 or not hasattr(mmap, "MAP_ANONYMOUS"):
         return None
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        logger.warning(
+            "the system has no %d bytes of memory to hand out (%s); PyTorch asks it for pinned ones", size, error
+        )
+        return None
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # a kernel without huge pages: small ones, which take longer
+            pages.madvise(mmap.MADV_HUGEPAGE)
     address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
     ctypes.memset(address, 0, size)  # now the system hands them out; without Python's lock
     if not register(address, size):

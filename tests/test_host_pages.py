@@ -45,6 +45,11 @@ def test_what_the_driver_refuses_is_left_to_pytorch(monkeypatch: pytest.MonkeyPa
     assert host_pages.pinned(5000) is None
 
 
+def test_memory_that_the_system_has_not_is_left_to_pytorch(calls: list[tuple[str, int]]) -> None:
+    assert host_pages.pinned(1 << 62) is None  # more than any address space
+    assert calls == []
+
+
 def test_nothing_needs_no_pages(calls: list[tuple[str, int]]) -> None:
     assert host_pages.pinned(0) is None
     assert calls == []
