@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..modules.hooks import unhooked
 from ..ops.attention import HEAD_DIMS
 from ..ops.layer_norm import MAX_CHANNELS
-from .swap import Swap, owner, qualified, unhooked
+from .swap import Swap, owner, qualified
 
 _TIMM_LAYER_NORM = "timm.layers.norm.LayerNorm"
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..modules.hooks import unhooked
 from .checks import (
     argument_reasons,
     attention_reasons,
@@ -23,7 +24,7 @@ from .checks import (
     plain,
 )
 from .recogniser import Recogniser
-from .swap import Swap, owner, unhooked
+from .swap import Swap, owner
 from .transformer import FusedAttention, FusedBlock, FusedMlp
 
 LAYERS = r"(?:.*\.)?(?:dinov2\.layers|dinov2_layers|vggt\.layers)"

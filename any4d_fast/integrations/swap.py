@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from ..modules.hooks import unhooked
+
 _CLASSES: weakref.WeakValueDictionary[tuple[type, type], type] = weakref.WeakValueDictionary()
 
 # Subclasses that UniCeption makes around one module for `torch.utils.checkpoint`: forward calls super().forward.
@@ -38,13 +40,6 @@ def unwrapped(cls: type) -> type:
 def owner(cls: type, method: str = "forward") -> type:
     """The class that a method of `cls` comes from; wrappers for gradient checkpointing are looked through."""
     return next(base for base in unwrapped(cls).__mro__ if method in base.__dict__)
-
-
-def unhooked(*modules: nn.Module) -> bool:
-    """Whether nobody would notice that these modules are not called."""
-    return not any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules
-    )
 
 
 class Swap(nn.Module):

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..modules.hooks import unhooked
 from ..ops import Segments, attention_scale
 from .checks import launch_bound, matmul_dtype, norm_dtype, plain, plain_linear, plain_norm
-from .swap import Swap, unhooked
+from .swap import Swap
 
 
 class FusedLayerNorm(Swap):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..modules.dpt import doubled
+from ..modules.hooks import unhooked
 from ..ops import resize_conv
 from .checks import (
     argument_reasons,
@@ -23,7 +24,7 @@ from .checks import (
 )
 from .dinov2 import DIFFERENTIAL, GATED
 from .recogniser import Recogniser
-from .swap import Swap, owner, unhooked
+from .swap import Swap, owner
 from .timm import Mlp
 from .transformer import FusedAttention, FusedBlock
 

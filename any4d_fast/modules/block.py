@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from ..ops.attention import Segments
+from .hooks import unhooked
 
 if TYPE_CHECKING:
     from ..ops.linear_fp8 import Rows8
@@ -28,8 +29,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def _plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a layer is its weight and bias and no more: no adapter in its place, no parametrization, no hook."""
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return type(layer) is nn.Linear and not any(hooks)
+    return type(layer) is nn.Linear and unhooked(layer)
 
 
 def _linear(layer: nn.Module, x: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from ..ops import dense_maps
 from .dense_inference import features as run_features
 from .dense_inference import hidden_map, pack_conv, pack_features
 from .dpt import DPTFeatures, DPTRegressor, FusionBlock, ResidualConvUnit, Scratch, float32_sums, matmul_tf32
+from .hooks import unhooked
 
 # 24 images of 518 x 336 whose maps are kept; 12 of those whose maps are computed again, and are alive for so long only
 # (with 6 the host was slower than an H200).
@@ -90,10 +91,7 @@ class _Part(NamedTuple):
 def plain(*modules: nn.Module) -> bool:
     """Whether weights alone say what a head does: no adapter in a layer's place, no parametrization, no hook."""
     layers = [layer for module in modules for layer in module.modules()]
-    hooks = (
-        h for m in layers for h in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
-    )
-    return all(type(layer) in (*_LAYERS, *_BLOCKS) for layer in layers) and not any(hooks)
+    return all(type(layer) in (*_LAYERS, *_BLOCKS) for layer in layers) and unhooked(*layers)
 
 
 def dense_head(
