@@ -148,7 +148,8 @@ class _DenseHead(torch.autograd.Function):
         # Where the channels were wrong, their gradients must say so.
         scaled, inverse = scale(torch.where(ctx.left_range, math.nan, grad), _chunks(grad, job))
         kept, ctx.kept = ctx.kept, []  # what is left of a graph after one pass is of no use
-        with matmul_tf32(job.tf32), float32_sums():
+        # A backward pass that is begun under autocast runs under it: here, with every operand in bfloat16.
+        with matmul_tf32(job.tf32), float32_sums(), torch.autocast(grad.device.type, enabled=False):
             found = _gradients(job, scaled, tensors, wanted, kept)
             given = [g for g in found if g is not None]
             torch._foreach_mul_(given, inverse)

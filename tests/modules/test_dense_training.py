@@ -65,6 +65,15 @@ def whole(gradients: list[Tensor]) -> Tensor:
     return torch.cat([g.double().flatten() for g in gradients])
 
 
+def with_large_gradients(ours: nn.Sequential) -> nn.Sequential:
+    """Weights that keep values within float16's range, and take gradients of a constant out of it."""
+    with torch.no_grad():
+        ours[1].conv1.weight.mul_(1e-4)
+        ours[1].conv2[0].weight.mul_(3e4)
+        ours[1].conv2[2].weight.mul_(300)
+    return ours
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_channels_and_gradients_against_float64(dtype: torch.dtype) -> None:
     """Of a loss that wants the same of neighbours: what rounding does to ReLUs near zero hardly matters to it."""
@@ -87,6 +96,23 @@ def test_gradients_that_cancel_err_less_than_in_bfloat16() -> None:
         for dtype in (torch.float16, torch.bfloat16)
     ]
     assert errors[0] < errors[1] / 2
+
+
+@pytest.mark.parametrize("too_large", [False, True])
+def test_a_backward_pass_under_autocast_is_the_same(too_large: bool) -> None:
+    """It would run matrix products in bfloat16; also those of the second attempt, in float32."""
+    ours, given, grad = head(), maps(), cotangent()
+    if too_large:
+        ours, grad = with_large_gradients(ours), torch.ones_like(grad)
+    features, regressor = ours.children()
+    assert isinstance(features, DPTFeatures) and isinstance(regressor, DPTRegressor)
+    found = []
+    for enabled in (False, True):
+        out, _ = dense_head(features, regressor, given, SIZE, torch.float16, wait=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found.append(torch.autograd.grad(out, [*given, *ours.parameters()], grad))
+    for outside, inside in zip(*found, strict=True):
+        assert torch.equal(outside, inside)
 
 
 @pytest.mark.parametrize("exponent", [-100, -40, 40, 100])
@@ -239,11 +265,7 @@ def test_second_derivatives_are_refused() -> None:
 @pytest.mark.parametrize("wait", [True, False])
 def test_a_gradient_out_of_range_is_computed_again(wait: bool) -> None:
     """The finest map's projection sees the sum of what all pixels want, times a large activation."""
-    ours, given, grad = head(), maps(), torch.ones(3, *SIZE, 6)
-    with torch.no_grad():
-        ours[1].conv1.weight.mul_(1e-4)
-        ours[1].conv2[0].weight.mul_(3e4)
-        ours[1].conv2[2].weight.mul_(300)
+    ours, given, grad = with_large_gradients(head()), maps(), torch.ones(3, *SIZE, 6)
     out, gradients = narrow(ours, given, grad, wait)
     expected, others = oracle(ours, given, grad)
     assert relative_error(out, expected) < 8 * STEP
