@@ -40,6 +40,15 @@ def _linear(layer: nn.Module, x: Tensor) -> Tensor:
     return result
 
 
+def _last(layer: nn.Module, x: Tensor, again: bool) -> Tensor:
+    """`_linear` for the last layer of what may be computed again.
+
+    A checkpoint stops computing when everything saved is there again. PyTorch's own layer saves its rows before it
+    multiplies them, so that its product is left out the second time; an autograd function saves them after it.
+    """
+    return layer(x) if again else _linear(layer, x)
+
+
 class LayerScale(nn.Module):
     """A learned factor for each channel of a residual branch (arXiv 2103.17239)."""
 
@@ -86,12 +95,13 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
-    def forward(self, y: Tensor, weights: BlockWeights | None = None) -> Tensor:
+    def forward(self, y: Tensor, weights: BlockWeights | None = None, again: bool = False) -> Tensor:
+        """[R, C] rows -> [R, C]; `again`: this is computed once more for the backward pass (see `_last`)."""
         if weights is not None:
             hidden = ops.linear_gelu(y, weights.in_weight, weights.in_bias)
             return F.linear(hidden, weights.out_weight, weights.out_bias)
         hidden = ops.linear_gelu(y, self.fc1.weight, self.fc1.bias) if _plain(self.fc1) else F.gelu(self.fc1(y))
-        return _linear(self.fc2, F.dropout(hidden, self.drop, self.training))
+        return _last(self.fc2, F.dropout(hidden, self.drop, self.training), again)
 
 
 class SwiGLU(nn.Module):
@@ -103,11 +113,14 @@ class SwiGLU(nn.Module):
         self.w12 = nn.Linear(dim, 2 * hidden)
         self.w3 = nn.Linear(hidden, dim)
 
-    def forward(self, y: Tensor, weights: BlockWeights | None = None) -> Tensor:
+    def forward(self, y: Tensor, weights: BlockWeights | None = None, again: bool = False) -> Tensor:
+        """As `Mlp.forward`."""
         both = _linear(self.w12, y) if weights is None else F.linear(y, weights.in_weight, weights.in_bias)
         gate, value = both.chunk(2, dim=-1)
         hidden = F.silu(gate) * value
-        return _linear(self.w3, hidden) if weights is None else F.linear(hidden, weights.out_weight, weights.out_bias)
+        return (
+            _last(self.w3, hidden, again) if weights is None else F.linear(hidden, weights.out_weight, weights.out_bias)
+        )
 
 
 class Block(nn.Module):
@@ -173,7 +186,7 @@ class Block(nn.Module):
         branch = F.dropout(self.attn(y, segments, scale), self.proj_drop, self.training)
         x, y = _residual_norm(x, branch, self.ls1, self.norm2, row_scales[0], y.dtype)
         recompute = self.recompute_mlp and self.training
-        branch = checkpoint(self.mlp, y, use_reentrant=False) if recompute else self.mlp(y)
+        branch = checkpoint(self.mlp, y, again=True, use_reentrant=False) if recompute else self.mlp(y)
         branch = F.dropout(branch, self.proj_drop, self.training)
         return _residual_norm(x, branch, self.ls2, next_norm, row_scales[1], out_dtype or y.dtype)
 

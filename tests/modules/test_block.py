@@ -122,3 +122,32 @@ def test_a_parametrization_takes_part(gated: bool, name: str) -> None:
     before = step(block)[0]
     parametrize.register_parametrization(layer, "weight", Double())
     assert not torch.equal(before, step(block)[0])
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_last_product_is_not_computed_again(gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counted(torch.autograd.Function):
+        """A linear layer as the op is where Triton runs: what it saves it saves after its product."""
+
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            ctx.save_for_backward(x, weight)
+            products.append(tuple(weight.shape))
+            return nn.functional.linear(x, weight, bias)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+            x, weight = ctx.saved_tensors
+            return grad @ weight, grad.T @ x, grad.sum(0)
+
+    products: list[tuple[int, ...]] = []
+    expected = step(made(gated))
+    monkeypatch.setattr(ops, "linear", Counted.apply)
+    block = made(gated).train()
+    block.recompute_mlp = True
+    found = step(block)
+    first = [(144, 48), (48, 48)]  # QKV and the projection, which are not computed again
+    both = (2 * 128, 48)  # a gated MLP's first layer, which is
+    assert products == (first + [both, both] if gated else first)
+    for actual, like in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual, like)
