@@ -134,7 +134,8 @@ class HostMemory:
     def expect(self, size: int) -> None:
         """Begin to allocate whole blocks of so many bytes; `take` allocates what is missing in the end."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="any4d_fast pinning")
-        allocate = self._allocate_pages if size > KEPT else self._allocate
+        pages = size > KEPT and self._device.type == "cuda"
+        allocate = self._allocate_pages if pages else self._allocate
         self._ahead.extend(self._thread.submit(allocate, BLOCK) for _ in range(size // BLOCK))
 
     def take(self, like: Sequence[Tensor]) -> list[Tensor]:
@@ -172,8 +173,6 @@ class HostMemory:
             return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
     def _allocate_pages(self, size: int) -> Tensor:
-        if self._device.type != "cuda":
-            return self._allocate(size)
         with torch.cuda.device(self._device):
             block = host_pages.pinned(size)
         return self._allocate(size) if block is None else block

@@ -300,7 +300,7 @@ def test_many_views_take_memory_that_goes_back_to_the_system(monkeypatch: pytest
     monkeypatch.setattr(HostMemory, "_allocate_pages", allocates("given back"))
     for blocks, kind in ((4, "kept"), (5, "given back")):
         asked.clear()
-        memory = HostMemory(CPU)
+        memory = HostMemory(torch.device("cuda"))
         memory.expect(blocks * ALIGNMENT)
         memory.take([torch.zeros(ALIGNMENT, dtype=torch.uint8)] * (blocks + 1))
         memory.close()
