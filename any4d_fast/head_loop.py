@@ -16,7 +16,7 @@ from . import head_precision
 from .graph_calls import intercepted
 from .memory import GPU_FINE_IMAGES, STREAM, balanced, head_chunk
 from .modules import factors
-from .modules.dense_training import dense_head, plain
+from .modules.dense_training import dense_head, plain_head
 from .modules.dpt import DPTFeatures, DPTRegressor, float32_sums, matmul_tf32, to_head_dtype, token_maps, token_rows
 from .modules.host_weights import head_parameters, resident
 from .ops import dense_maps
@@ -201,7 +201,7 @@ class _HeadLoop:
     def _dense(self, features: DPTFeatures, regressor: DPTRegressor, maps: list[Tensor], flag: Tensor | None) -> Tensor:
         """[N, H, W, channels] of one head."""
         if flag is None and self.trained_in in head_precision.NARROW:
-            if plain(features, regressor):
+            if plain_head(features, regressor):
                 wait = head_precision.waits()
                 raw, left_range = dense_head(features, regressor, maps, self.size, self.trained_in, wait=wait)
                 if not (wait and bool(left_range)):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..modules.hooks import unhooked
+from ..modules.plain import plain, unhooked
 from ..ops.attention import HEAD_DIMS
 from ..ops.layer_norm import MAX_CHANNELS
 from .swap import Swap, owner, qualified
@@ -32,16 +32,6 @@ def launch_bound(x: Tensor) -> bool:
     if not x.is_cuda or x.numel() >= LAUNCH_BOUND * x.shape[-1]:
         return False
     return not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing()
-
-
-def plain(*tensors: Tensor | None) -> bool:
-    """Whether these are tensors that a kernel can read: no DTensor, quantised or fake one."""
-    return all(t is None or type(t) in (nn.Parameter, Tensor) for t in tensors)
-
-
-def plain_linear(module: nn.Module) -> bool:
-    """Whether a layer is nothing but a matrix product, and may be computed from its parameters."""
-    return type(module) is nn.Linear and plain(module.weight, module.bias) and unhooked(module)
 
 
 def norm_reasons(module: nn.Module, name: str) -> list[str]:

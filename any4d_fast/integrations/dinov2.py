@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..modules.hooks import unhooked
+from ..modules.plain import plain, unhooked
 from .checks import (
     argument_reasons,
     attention_reasons,
@@ -21,7 +21,6 @@ from .checks import (
     matmul_dtype,
     missing,
     mlp_reasons,
-    plain,
 )
 from .recogniser import Recogniser
 from .swap import Swap, owner

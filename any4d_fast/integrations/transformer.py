@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..modules.hooks import unhooked
+from ..modules.plain import plain, plain_linear, unhooked
 from ..ops import Segments, attention_scale
-from .checks import launch_bound, matmul_dtype, norm_dtype, plain, plain_linear, plain_norm
+from .checks import launch_bound, matmul_dtype, norm_dtype, plain_norm
 from .swap import Swap
 
 

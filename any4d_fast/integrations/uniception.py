@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..modules.dpt import doubled
-from ..modules.hooks import unhooked
+from ..modules.plain import plain, unhooked
 from ..ops import resize_conv
 from .checks import (
     argument_reasons,
@@ -20,7 +20,6 @@ from .checks import (
     conv_reasons,
     missing,
     mlp_reasons,
-    plain,
 )
 from .dinov2 import DIFFERENTIAL, GATED
 from .recogniser import Recogniser

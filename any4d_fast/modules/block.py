@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from ..ops.attention import Segments
-from .hooks import unhooked
+from .plain import plain_linear
 
 if TYPE_CHECKING:
     from ..ops.linear_fp8 import Rows8
@@ -27,14 +27,9 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def _plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a layer is its weight and bias and no more: no adapter in its place, no parametrization, no hook."""
-    return type(layer) is nn.Linear and unhooked(layer)
-
-
 def _linear(layer: nn.Module, x: Tensor) -> Tensor:
     """`layer(x)`; where `x` has the dtype of matrix products, through the op, from the parameters as they are."""
-    if _plain(layer) and x.dtype == compute_dtype(x):
+    if plain_linear(layer) and x.dtype == compute_dtype(x):
         return ops.linear(x, layer.weight, layer.bias)
     result: Tensor = layer(x)
     return result
@@ -100,7 +95,7 @@ class Mlp(nn.Module):
         if weights is not None:
             hidden = ops.linear_gelu(y, weights.in_weight, weights.in_bias)
             return F.linear(hidden, weights.out_weight, weights.out_bias)
-        hidden = ops.linear_gelu(y, self.fc1.weight, self.fc1.bias) if _plain(self.fc1) else F.gelu(self.fc1(y))
+        hidden = ops.linear_gelu(y, self.fc1.weight, self.fc1.bias) if plain_linear(self.fc1) else F.gelu(self.fc1(y))
         return _last(self.fc2, F.dropout(hidden, self.drop, self.training), again)
 
 
@@ -118,9 +113,9 @@ class SwiGLU(nn.Module):
         both = _linear(self.w12, y) if weights is None else F.linear(y, weights.in_weight, weights.in_bias)
         gate, value = both.chunk(2, dim=-1)
         hidden = F.silu(gate) * value
-        return (
-            _last(self.w3, hidden, again) if weights is None else F.linear(hidden, weights.out_weight, weights.out_bias)
-        )
+        if weights is not None:
+            return F.linear(hidden, weights.out_weight, weights.out_bias)
+        return _last(self.w3, hidden, again)
 
 
 class Block(nn.Module):

@@ -28,7 +28,7 @@ from ..ops import dense_maps
 from .dense_inference import features as run_features
 from .dense_inference import hidden_map, pack_conv, pack_features
 from .dpt import DPTFeatures, DPTRegressor, FusionBlock, ResidualConvUnit, Scratch, float32_sums, matmul_tf32
-from .hooks import unhooked
+from .plain import plain, unhooked
 
 # 24 images of 518 x 336 whose maps are kept; 12 of those whose maps are computed again, and are alive for so long only
 # (with 6 the host was slower than an H200).
@@ -88,10 +88,11 @@ class _Part(NamedTuple):
     left_range: Tensor
 
 
-def plain(*modules: nn.Module) -> bool:
+def plain_head(*modules: nn.Module) -> bool:
     """Whether weights alone say what a head does: no adapter in a layer's place, no parametrization, no hook."""
     layers = [layer for module in modules for layer in module.modules()]
-    return all(type(layer) in (*_LAYERS, *_BLOCKS) for layer in layers) and unhooked(*layers)
+    known = all(type(layer) in (*_LAYERS, *_BLOCKS) for layer in layers) and unhooked(*layers)
+    return known and plain(*(parameter for module in modules for parameter in module.parameters()))
 
 
 def dense_head(
@@ -106,8 +107,8 @@ def dense_head(
     """A head's channels in 16 bits inside and float32 outside, differentiable once.
 
     Args:
-        features, regressor: the head's modules, which must be `plain`; with their `checkpoint_gradient` nothing inside
-            is kept for the backward pass.
+        features, regressor: the head's modules, a `plain_head`; with their `checkpoint_gradient` nothing inside is
+            kept for the backward pass.
         maps: four [N, C_i, h, w] in channels-last memory, any floating dtype.
         size: (H, W) of the image.
         dtype: torch.float16 or torch.bfloat16.

@@ -48,7 +48,7 @@ def step(block: Block, dtype: torch.dtype | None = None) -> list[Tensor]:
 @pytest.fixture
 def by_modules(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """From the call on, layers are called as modules, whatever they are."""
-    return lambda: monkeypatch.setattr(block_module, "_plain", lambda layer: False)
+    return lambda: monkeypatch.setattr(block_module, "plain_linear", lambda layer: False)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
@@ -151,3 +151,29 @@ def test_the_last_product_is_not_computed_again(gated: bool, monkeypatch: pytest
     assert products == (first + [both, both] if gated else first)
     for actual, like in zip(found, expected, strict=True):
         torch.testing.assert_close(actual, like)
+
+
+@pytest.mark.parametrize(("gated", "name"), EVERY)
+def test_a_weight_of_another_class_is_left_to_its_layer(
+    gated: bool, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A DTensor or a quantised weight knows how it is multiplied; a kernel does not."""
+
+    class Other(Tensor):
+        pass
+
+    called: list[type] = []
+
+    def note(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x, weight, bias: (called.append(type(weight)), run(x, weight, bias))[1]
+
+    block = made(gated)
+    layer = block.get_submodule(name)
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Other))
+    assert type(layer) is nn.Linear and type(layer.weight) is Other
+    for op in ("linear", "linear_gelu"):
+        monkeypatch.setattr(ops, op, note(getattr(ops, op)))
+    found = step(block)
+    assert called == [nn.Parameter] * 3
+    for actual, expected in zip(found, step(made(gated)), strict=True):
+        torch.testing.assert_close(actual.as_subclass(Tensor), expected)

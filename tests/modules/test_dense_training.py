@@ -14,7 +14,7 @@ from any4d_fast import head_precision
 from any4d_fast.config import DenseHeadConfig
 from any4d_fast.head_precision import never_wait, training_dtype, use_head_dtype
 from any4d_fast.modules import dense_training
-from any4d_fast.modules.dense_training import LARGEST, LARGEST_SUM, dense_head, plain, scale
+from any4d_fast.modules.dense_training import LARGEST, LARGEST_SUM, dense_head, plain_head, scale
 from any4d_fast.modules.dpt import DPTFeatures, DPTRegressor
 from any4d_fast.testing import relative_error
 from tests.golden_cases import golden_weights
@@ -233,7 +233,7 @@ def test_a_head_that_is_more_than_its_weights_runs_layer_by_layer(change: str) -
 
     model = small_model().train()
     views = [{"img": torch.randn(1, 3, 28, 42, generator=torch.Generator().manual_seed(0))}]
-    assert plain(model.dpt_feature_head, model.dpt_regressor_head)
+    assert plain_head(model.dpt_feature_head, model.dpt_regressor_head)
     before = gradients_of(model, views)[0]
     head, seen = model.dpt_regressor_head, []
     if change == "hook":
@@ -242,7 +242,7 @@ def test_a_head_that_is_more_than_its_weights_runs_layer_by_layer(change: str) -
         head.conv1 = Adapter(head.conv1)  # type: ignore[assignment]
     else:
         nn.utils.parametrize.register_parametrization(head.conv1, "weight", Half())
-    assert not plain(model.dpt_feature_head, head)
+    assert not plain_head(model.dpt_feature_head, head)
     expected = gradients_of(model, views)[0]
     seen.clear()
     with use_head_dtype(torch.float16):

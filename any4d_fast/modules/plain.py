@@ -1,0 +1,27 @@
+"""Whether a module may be left uncalled, and computed from its parameters instead."""
+
+from __future__ import annotations
+
+from typing import TypeGuard
+
+from torch import Tensor, nn
+
+
+def unhooked(*modules: nn.Module) -> bool:
+    """Whether nobody would notice that these modules are not called."""
+    return not any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules
+    )
+
+
+def plain(*tensors: Tensor | None) -> bool:
+    """Whether these are tensors that a kernel can read: no DTensor, quantised or fake one."""
+    return all(t is None or type(t) in (nn.Parameter, Tensor) for t in tensors)
+
+
+def plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a layer is nothing but a matrix product, and may be computed from its parameters.
+
+    Not with an adapter in its place, a parametrization or a hook.
+    """
+    return type(module) is nn.Linear and plain(module.weight, module.bias) and unhooked(module)
