@@ -106,10 +106,12 @@ def load_fresh(preset: str, device: str) -> Any4D:
 
 
 def forget(preset: str, device: str) -> None:
-    """Drop graphs and inference weights, so that every provider is charged for its own."""
+    """Drop graphs, gradients and inference weights, so that every provider is charged for its own; end a training."""
     load_packed.cache_clear()
     load_fresh.cache_clear()
-    model = load(preset, device)
+    model = load(preset, device).eval()
+    model.recompute_activations()
+    model.zero_grad(set_to_none=True)
     model._graphs.clear()
     for module in model.modules():
         if isinstance(kept := getattr(module, "derived", None), Derived):
@@ -197,21 +199,29 @@ def inference(
     return make
 
 
-def step(model: nn.Module, views: Views) -> None:
-    """Forward, backward; the loss touches every output, all views of it at once: the model is what is timed."""
-    model.zero_grad(set_to_none=True)
-    outputs = model(views)
-    names = [name for name, value in outputs[0].items() if value.is_floating_point()]
-    losses = [torch.cat([view[name] for view in outputs]).float().square().mean() for name in names]
-    torch.stack(losses).sum().backward()
+def step(model: nn.Module, views: Views, precision: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
+    """Forward in a precision, backward outside of it, as PyTorch asks for, into gradients that are None before.
+
+    The loss touches every output, all views of it at once: the model is what is timed.
+    """
+    with precision():
+        outputs = model(views)
+        names = [name for name, value in outputs[0].items() if value.is_floating_point()]
+        losses = [torch.cat([view[name] for view in outputs]).float().square().mean() for name in names]
+        total = torch.stack(losses).sum()
+    total.backward()
+
+
+def start_training(network: nn.Module, recompute: Sequence[str]) -> None:
+    network.train()
+    if isinstance(network, Any4D):
+        network.recompute_activations(*recompute)
 
 
 @contextlib.contextmanager
 def in_training(network: nn.Module, recompute: Sequence[str]) -> Iterator[None]:
     """In training mode, and afterwards without gradients and as it was."""
-    network.train()
-    if isinstance(network, Any4D):
-        network.recompute_activations(*recompute)
+    start_training(network, recompute)
     try:
         yield
     finally:
@@ -222,15 +232,16 @@ def in_training(network: nn.Module, recompute: Sequence[str]) -> Iterator[None]:
 
 
 def training(model: Callable[[], nn.Module], sizes: Sizes, backend: str | None, recompute: Sequence[str] = ()) -> Maker:
-    """Provider of a training step."""
+    """Provider of a training step; the network stays in training mode until the next provider's `forget`."""
 
     def make(views: Views) -> Function:
         network = model()
 
         def run() -> None:
-            with in_training(network, recompute), mixed(sizes, backend):
-                step(network, views)
+            step(network, views, functools.partial(mixed, sizes, backend))
+            network.zero_grad(set_to_none=True)
 
+        start_training(network, recompute)
         return run
 
     return make
@@ -248,9 +259,9 @@ def training_gate(
             found = []
             with in_training(network, recompute):
                 for views in clips:
-                    with mixed(sizes, backend):
-                        step(network, views)
+                    step(network, views, functools.partial(mixed, sizes, backend))
                     found.append(gradients(network))
+                    network.zero_grad(set_to_none=True)
             return found
 
         return run
@@ -345,13 +356,13 @@ def step_case(sizes: Sizes, count: int, preset: str, gate: bool = False) -> Case
     providers["any4d_fast:recompute"] = provider(ours, sizes, None, RECOMPUTED)
 
     def oracle(clips: list[Views]) -> list[Tensor]:
-        model, found = ours().train(), []
-        for views in clips:
-            with float32():
-                step(model, views)
-            found.append(gradients(model))
-        model.zero_grad(set_to_none=True)
-        model.eval()
+        model, found = ours(), []
+        # The backward pass too: what is recomputed there chooses its backend there.
+        with in_training(model, ()), float32():
+            for views in clips:
+                step(model, views, contextlib.nullcontext)
+                found.append(gradients(model))
+                model.zero_grad(set_to_none=True)
         return found
 
     return Case(
