@@ -239,10 +239,10 @@ def sweep_fuse(sweep: Sweep, maps: int) -> None:
         masked = {"dense_masks": dense_masks, "vector_masks": vector_masks, "out_dtype": image.dtype}
         return fuse_reference(image, dense, more, w, b, scale_token=s, batch=1, **masked)
 
-    def forward(given: list[Tensor], config: tuple[int, int] = fuse_kernels.FORWARD) -> tuple[Tensor, ...]:
+    def forward(given: list[Tensor], chunk: int | None = None, warps: int = fuse_kernels.WARPS) -> tuple[Tensor, ...]:
         return fuse_kernels.fuse_tokens_forward(
             given[0], given[1:], dense_masks, vectors, vector_masks, weight, bias, scale, 1, 1e-6, torch.float32,
-            maps > 0, config,
+            maps > 0, chunk, warps,
         )  # fmt: skip
 
     compiled = torch.compile(peer, dynamic=False)
@@ -254,10 +254,10 @@ def sweep_fuse(sweep: Sweep, maps: int) -> None:
         peer(wide[0], wide[1:], weight.double(), bias.double(), scale.double()),
         peer(sets[0][0], sets[0][1:]),
     )
-    for config in ((1, 4), (1, 2), (1, 8), (2, 4), (2, 8), (4, 8)):
-        check = judged(lambda c=config: forward(sets[0], c)[0], oracle, plain)
-        functions = [lambda s=s, c=config: forward(s, c) for s in sets]
-        sweep.add(case, "fwd", f"ours rows, warps {config}", functions, 0, moved, check)
+    for config in ((8, 4), (1, 4), (2, 4), (4, 4), (16, 4), (4, 2), (8, 2), (8, 8)):
+        check = judged(lambda c=config: forward(sets[0], *c)[0], oracle, plain)
+        functions = [lambda s=s, c=config: forward(s, *c) for s in sets]
+        sweep.add(case, "fwd", f"ours chunk, warps {config}", functions, 0, moved, check)
     sweep_fuse_backward(sweep, case, sets, forward, peer, (weight, bias, scale), vectors, masks)
 
 

@@ -18,29 +18,34 @@ from .aot import AotCase
 MAX_DENSE = 3
 MAX_VECTORS = 4
 
-FORWARD = (1, 4)
-"""Rows a program, warps. One row of 1,024 float32 is 32 bytes a thread for each map, two full vector loads; more rows
-in a program only take registers from the blocks that hide its latency."""
+WARPS = 4
+"""One row of 1,024 float32 is 32 bytes a thread for each map: two full vector loads."""
 
-BACKWARD_WARPS = 4
+FORWARD_CHUNKS = ((16_384, 8), (2_048, 4), (0, 1))
+"""(at least so many tokens, tokens a program) of the forward pass: a chunk's vectors are read once, and its weight and
+bias come from the L1. For every row they were 24 KB from the L2 beside the 20 KB of the maps."""
 
 CHUNKS = ((16_384, 32), (2_048, 8), (0, 4))
 """(at least so many tokens, tokens a program) of the backward pass: long chunks write fewer partial sums (two or three
 rows a chunk), short ones fill the device when there are few views. Fixed: no result depends on the device."""
 
+SUM_ROWS, SUM_COLUMNS = 256, 16
+"""Partial sums at once in the second stage: few columns a program, so that there are programs enough, and so many rows
+that 41 views take five steps."""
+
 
 @triton.jit
-def _plus(total, values_ptr, mask_ptr, offsets, n, valid, live):
-    """total + values where the row has them; masked rows are not loaded."""
+def _plus(total, values_ptr, mask_ptr, offsets, n, inside):
+    """total + a map's values, where view row n has the map; they are not loaded elsewhere."""
     if values_ptr is not None:
-        keep = live
+        keep = inside
         if mask_ptr is not None:
-            keep = live & (tl.load(mask_ptr + n, mask=valid, other=0) != 0)[:, None]
+            keep = keep & (tl.load(mask_ptr + n) != 0)
         total += tl.load(values_ptr + offsets, mask=keep, other=0.0).to(tl.float32)
     return total
 
 
-@triton.jit(do_not_specialize=["rows", "batch", "sample_rows"])
+@triton.jit(do_not_specialize=["batch", "sample_rows", "chunks", "chunk"])
 def fuse_tokens_kernel(
     image_ptr,  # [N, T, C] by strides, channels contiguous
     dense_0, dense_1, dense_2,  # [N, T, C] or None
@@ -54,18 +59,21 @@ def fuse_tokens_kernel(
     sum_ptr,  # [N, T, C] float32 or None
     mean_ptr,  # [N, T]
     rstd_ptr,  # [N, T]
-    rows,
     tokens,
     channels,
     batch,
     sample_rows,
+    chunks,
+    chunk,
     stride_n,
     stride_t,
     eps,
-    ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
+    view_row = pid // chunks
+    start = pid % chunks * chunk
+    n = view_row.to(tl.int64)
     col = tl.arange(0, BLOCK_C)
     inside = col < channels
     if scale_token_ptr is not None:
@@ -74,46 +82,32 @@ def fuse_tokens_kernel(
             last = ((pid + 1).to(tl.int64) * sample_rows - 1) * channels
             tl.store(out_ptr + last + col, value.to(out_ptr.dtype.element_ty), mask=inside)
 
-    row = pid * ROWS + tl.arange(0, ROWS)
-    valid = row < rows
-    n = row // tokens
-    t = row % tokens
-    live = valid[:, None] & inside[None, :]
-    wide = row.to(tl.int64)[:, None] * channels + col[None, :]
-    narrow = n.to(tl.int64)[:, None] * channels + col[None, :]
-    source = (n.to(tl.int64) * stride_n + t.to(tl.int64) * stride_t)[:, None] + col[None, :]
-    x = tl.load(image_ptr + source, mask=live, other=0.0).to(tl.float32)
-    x = _plus(x, dense_0, dense_mask_0, wide, n, valid, live)
-    x = _plus(x, dense_1, dense_mask_1, wide, n, valid, live)
-    x = _plus(x, dense_2, dense_mask_2, wide, n, valid, live)
-    x = _plus(x, vector_0, vector_mask_0, narrow, n, valid, live)
-    x = _plus(x, vector_1, vector_mask_1, narrow, n, valid, live)
-    x = _plus(x, vector_2, vector_mask_2, narrow, n, valid, live)
-    x = _plus(x, vector_3, vector_mask_3, narrow, n, valid, live)
-    if sum_ptr is not None:
-        tl.store(sum_ptr + wide, x, mask=live)
-
-    mean = tl.sum(x, 1) / channels
-    centred = tl.where(live, x - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / channels + eps)
-    weight = tl.load(weight_ptr + col, mask=inside, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + col, mask=inside, other=0.0).to(tl.float32)
-    y = centred * rstd[:, None] * weight[None, :] + bias[None, :]
-    place = (n % batch).to(tl.int64) * sample_rows + n // batch * tokens + t
-    out = out_ptr + place[:, None] * channels + col[None, :]
-    tl.store(out, y.to(out_ptr.dtype.element_ty), mask=live)
-    tl.store(mean_ptr + row, mean, mask=valid)
-    tl.store(rstd_ptr + row, rstd, mask=valid)
-
-
-@triton.jit
-def _plus_vector(total, values_ptr, mask_ptr, n, channels, col):
-    if values_ptr is not None:
-        keep = col < channels
-        if mask_ptr is not None:
-            keep = keep & (tl.load(mask_ptr + n) != 0)
-        total += tl.load(values_ptr + n * channels + col, mask=keep, other=0.0).to(tl.float32)
-    return total
+    vector = tl.zeros([BLOCK_C], tl.float32)
+    vector = _plus(vector, vector_0, vector_mask_0, n * channels + col, n, inside)
+    vector = _plus(vector, vector_1, vector_mask_1, n * channels + col, n, inside)
+    vector = _plus(vector, vector_2, vector_mask_2, n * channels + col, n, inside)
+    vector = _plus(vector, vector_3, vector_mask_3, n * channels + col, n, inside)
+    # Divided before widening: a 64-bit division is a subroutine.
+    first = (view_row % batch).to(tl.int64) * sample_rows + (view_row // batch).to(tl.int64) * tokens
+    for index in range(start, tl.minimum(start + chunk, tokens)):
+        offset = (n * tokens + index) * channels + col
+        x = tl.load(image_ptr + n * stride_n + index * stride_t + col, mask=inside, other=0.0).to(tl.float32)
+        x = _plus(x, dense_0, dense_mask_0, offset, n, inside)
+        x = _plus(x, dense_1, dense_mask_1, offset, n, inside)
+        x = _plus(x, dense_2, dense_mask_2, offset, n, inside)
+        x += vector
+        if sum_ptr is not None:
+            tl.store(sum_ptr + offset, x, mask=inside)
+        mean = tl.sum(x, 0) / channels
+        centred = tl.where(inside, x - mean, 0.0)
+        rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / channels + eps)
+        # From the L1 for every row: kept, they are 16 registers of the blocks that hide the maps' latency.
+        weight = tl.load(weight_ptr + col, mask=inside, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + col, mask=inside, other=0.0).to(tl.float32)
+        out = out_ptr + (first + index) * channels + col
+        tl.store(out, (centred * rstd * weight + bias).to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(mean_ptr + n * tokens + index, mean)
+        tl.store(rstd_ptr + n * tokens + index, rstd)
 
 
 @triton.jit
@@ -158,10 +152,10 @@ def fuse_tokens_backward_kernel(
     inside = col < channels
     weight = tl.load(weight_ptr + col, mask=inside, other=0.0).to(tl.float32)
     vector = tl.zeros([BLOCK_C], tl.float32)
-    vector = _plus_vector(vector, vector_0, vector_mask_0, n, channels, col)
-    vector = _plus_vector(vector, vector_1, vector_mask_1, n, channels, col)
-    vector = _plus_vector(vector, vector_2, vector_mask_2, n, channels, col)
-    vector = _plus_vector(vector, vector_3, vector_mask_3, n, channels, col)
+    vector = _plus(vector, vector_0, vector_mask_0, n * channels + col, n, inside)
+    vector = _plus(vector, vector_1, vector_mask_1, n * channels + col, n, inside)
+    vector = _plus(vector, vector_2, vector_mask_2, n * channels + col, n, inside)
+    vector = _plus(vector, vector_3, vector_mask_3, n * channels + col, n, inside)
     # Divided before widening: a 64-bit division is a subroutine.
     sample = (view_row % batch).to(tl.int64)
     first = (view_row // batch).to(tl.int64) * tokens
@@ -194,6 +188,37 @@ def fuse_tokens_backward_kernel(
         tl.store(d_rows_ptr + part, d_rows, mask=inside)
 
 
+@triton.jit(do_not_specialize=["parts", "chunks"])
+def fuse_tokens_sums_kernel(
+    partial_ptr,  # [2, parts, C] float32
+    d_rows_ptr,  # [N * chunks, C] float32, or None
+    affine_ptr,  # [2, C] float32
+    rows_ptr,  # [N, C] float32, or None
+    parts,
+    chunks,
+    channels,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Second stage: programs (., 0 and 1) add the parts of weight and bias, (., 2 + n) the chunks of view row n."""
+    col = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    which = tl.program_id(1)
+    inside = (col < channels)[None, :]
+    source = partial_ptr + which.to(tl.int64) * parts * channels
+    target = affine_ptr + which * channels
+    count = parts
+    if d_rows_ptr is not None:
+        if which >= 2:
+            source = d_rows_ptr + (which - 2).to(tl.int64) * chunks * channels
+            target = rows_ptr + (which - 2).to(tl.int64) * channels
+            count = chunks
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(0, count, ROWS):
+        row = first + tl.arange(0, ROWS)[:, None]
+        total += tl.load(source + row.to(tl.int64) * channels + col[None, :], mask=(row < count) & inside, other=0.0)
+    tl.store(target + col, tl.sum(total, 0), mask=col < channels)
+
+
 def _slots(tensors: Sequence[Tensor | None], count: int) -> list[Tensor | None]:
     return [*tensors, *[None] * (count - len(tensors))]
 
@@ -219,7 +244,8 @@ def fuse_tokens_forward(
     eps: float,
     out_dtype: torch.dtype,
     save_sum: bool,
-    config: tuple[int, int] = FORWARD,
+    chunk: int | None = None,
+    warps: int = WARPS,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(rows [B, V * T (+ 1), C], mean [N, T], rstd [N, T], the sum [N, T, C] float32 or an empty tensor)."""
     n, tokens, channels = image_tokens.shape
@@ -230,21 +256,27 @@ def fuse_tokens_forward(
     rstd = torch.empty(n, tokens, device=device, dtype=torch.float32)
     total = torch.empty((n, tokens, channels) if save_sum else (0,), device=device, dtype=torch.float32)
     rows = n * tokens
-    per_program, warps = config
-    programs = max(triton.cdiv(rows, per_program), batch if scale_token is not None else 0)
-    if programs == 0 or channels == 0:
+    if rows == 0 or channels == 0:
+        if scale_token is not None:
+            out[:, -1] = scale_token
         return out, mean, rstd, total
+    chunk = chunk or _chunk(FORWARD_CHUNKS, rows)
+    chunks = triton.cdiv(tokens, chunk)
     image = _rows_contiguous(image_tokens)
     with torch.cuda.device_of(image):
-        fuse_tokens_kernel[(programs,)](
+        # At least as many programs as samples: each of these has a view row.
+        fuse_tokens_kernel[(n * chunks,)](
             image, *_slots([d.contiguous() for d in dense], MAX_DENSE), *_bytes(dense_masks, MAX_DENSE),
             *_slots([v.contiguous() for v in vectors], MAX_VECTORS), *_bytes(vector_masks, MAX_VECTORS),
             weight.contiguous(), bias.contiguous(), None if scale_token is None else scale_token.contiguous(),
-            out, total if save_sum else None, mean, rstd, rows, max(tokens, 1), channels, batch, sample_rows,
-            image.stride(0), image.stride(1), eps,
-            ROWS=per_program, BLOCK_C=triton.next_power_of_2(channels), num_warps=warps,
+            out, total if save_sum else None, mean, rstd, tokens, channels, batch, sample_rows, chunks, chunk,
+            image.stride(0), image.stride(1), eps, BLOCK_C=triton.next_power_of_2(channels), num_warps=warps,
         )  # fmt: skip
     return out, mean, rstd, total
+
+
+def _chunk(table: tuple[tuple[int, int], ...], rows: int) -> int:
+    return next(chunk for least, chunk in table if rows >= least)
 
 
 def fuse_tokens_backward(
@@ -261,16 +293,16 @@ def fuse_tokens_backward(
     need_rows: bool,
     batch: int,
     chunk: int | None = None,
-    warps: int = BACKWARD_WARPS,
+    warps: int = WARPS,
 ) -> tuple[Tensor | None, list[Tensor | None], Tensor, Tensor | None]:
     """Gradients of the image tokens, of each dense map, of (weight, bias) [2, C], and sums over tokens [N, C].
 
-    What is not wanted (dtype None, `need_rows` false) is None. Sums are taken chunk by chunk in a fixed order, and
-    chunks are added by `torch.sum`: bitwise equal from run to run.
+    What is not wanted (dtype None, `need_rows` false) is None. Sums are taken chunk by chunk, and chunks are added by a
+    second kernel, in a fixed order: bitwise equal from run to run.
     """
     n, tokens, channels = x.shape
     rows = n * tokens
-    chunk = chunk or next(c for least, c in CHUNKS if rows >= least)
+    chunk = chunk or _chunk(CHUNKS, rows)
     chunks = triton.cdiv(tokens, chunk)
 
     def like_x(dtype: torch.dtype | None) -> Tensor | None:
@@ -278,10 +310,13 @@ def fuse_tokens_backward(
 
     d_image = like_x(d_image_dtype)
     d_dense = [like_x(dtype) for dtype in d_dense_dtypes]
-    partial = torch.empty(2, n * chunks, channels, device=x.device, dtype=torch.float32)
-    d_rows = torch.empty(n, chunks, channels, device=x.device, dtype=torch.float32) if need_rows else None
+    new = torch.empty if rows else torch.zeros
+    affine = new(2, channels, device=x.device, dtype=torch.float32)
+    row_sums = new(n, channels, device=x.device, dtype=torch.float32) if need_rows else None
     if rows > 0 and channels > 0:
         x, grad = _rows_contiguous(x), _rows_contiguous(grad)
+        partial = torch.empty(2, n * chunks, channels, device=x.device, dtype=torch.float32)
+        d_rows = torch.empty(n * chunks, channels, device=x.device, dtype=torch.float32) if need_rows else None
         with torch.cuda.device_of(x):
             fuse_tokens_backward_kernel[(n * chunks,)](
                 grad, x, *_slots([v.contiguous() for v in vectors], MAX_VECTORS), *_bytes(vector_masks, MAX_VECTORS),
@@ -289,7 +324,11 @@ def fuse_tokens_backward(
                 partial, d_rows, tokens, channels, batch, chunks, chunk, grad.stride(0), grad.stride(1),
                 x.stride(0), x.stride(1), BLOCK_C=triton.next_power_of_2(channels), num_warps=warps,
             )  # fmt: skip
-    return d_image, d_dense, partial.sum(dim=1), None if d_rows is None else d_rows.sum(dim=1)
+            fuse_tokens_sums_kernel[(triton.cdiv(channels, SUM_COLUMNS), 2 + n * need_rows)](
+                partial, d_rows, affine, row_sums, n * chunks, chunks, channels,
+                ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS, num_warps=WARPS,
+            )  # fmt: skip
+    return d_image, d_dense, affine, row_sums
 
 
 def aot_cases() -> list[AotCase]:
@@ -300,7 +339,16 @@ def aot_cases() -> list[AotCase]:
             name = f"{image}_{dense}dense_{vectors}vectors"
             cases.append(_case(f"fuse_tokens_forward_{name}", fuse_tokens_kernel, image, dense, vectors))
             cases.append(_case(f"fuse_tokens_backward_{name}", fuse_tokens_backward_kernel, image, dense, vectors))
-    return cases
+    types = dict.fromkeys(("partial_ptr", "d_rows_ptr", "affine_ptr", "rows_ptr"), "*fp32")
+    sums = AotCase(
+        name="fuse_tokens_sums",
+        kernel=fuse_tokens_sums_kernel,
+        types=types | dict.fromkeys(("parts", "chunks", "channels"), "i32"),
+        constants={"ROWS": SUM_ROWS, "COLUMNS": SUM_COLUMNS},
+        aligned=(*types, "channels"),
+        options={"num_warps": WARPS},
+    )
+    return [*cases, sums]
 
 
 def _case(name: str, kernel: triton.runtime.JITFunction, image: str, dense: int, vectors: int) -> AotCase:
@@ -320,9 +368,9 @@ def _case(name: str, kernel: triton.runtime.JITFunction, image: str, dense: int,
         absent += [] if used else [f"vector_{i}", f"vector_mask_{i}"]
     if not vectors:
         absent.append("d_rows_ptr")
-    integers = ("rows", "tokens", "channels", "batch", "sample_rows", "stride_n", "stride_t", "chunks", "chunk")
+    integers = ("tokens", "channels", "batch", "sample_rows", "stride_n", "stride_t", "chunks", "chunk")
     types = pointers | dict.fromkeys((*integers, "grad_stride_b", "grad_stride_t"), "i32") | {"eps": "fp32"}
-    constants: dict[str, int | None] = dict.fromkeys(absent) | {"ROWS": FORWARD[0], "BLOCK_C": 1024}
+    constants: dict[str, int | None] = dict.fromkeys(absent) | {"BLOCK_C": 1024}
     aligned = (*pointers, "channels", "stride_n", "stride_t", "grad_stride_b", "grad_stride_t")
     return AotCase(
         name=name,
@@ -330,7 +378,7 @@ def _case(name: str, kernel: triton.runtime.JITFunction, image: str, dense: int,
         types={k: v for k, v in types.items() if k in kernel.arg_names},
         constants={k: v for k, v in constants.items() if k in kernel.arg_names},
         aligned=tuple(k for k in aligned if k in kernel.arg_names and k not in constants),
-        options={"num_warps": FORWARD[1] if forward else BACKWARD_WARPS},
+        options={"num_warps": WARPS},
         # For sm_100 ptxas stops at 80 registers of its own accord (a sixth block fits) and spills nine words.
         max_spills=0 if forward or not dense else 9,
     )
