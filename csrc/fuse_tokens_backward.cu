@@ -104,41 +104,52 @@ __global__ void __launch_bounds__(kThreads, ROWS || !S::kFull ? 2 : 3)
     if constexpr (ROWS) write_partial(a, 2, sums.rows, shared);
 }
 
-constexpr int kSumColumns = 32;
-constexpr int kSumGroups = 16;
+constexpr int kSumThreads = 512;
+// Channels of a block of the second stage. Of all blocks' partial sums: many groups of threads share the rows, or the
+// kernel would wait for memory row after row. Of one view's: few rows, and few blocks.
+constexpr int kAffineColumns = 8, kRowsColumns = 128;
 
-// Adds `count` rows from `first` on of [.., C] partial sums, for 32 channels: 16 strided sums, then those in order.
-__device__ __forceinline__ void add_rows(const float* partials, int64_t first, int64_t count, int channels, int columns,
-                                         float* out) {
-    __shared__ float shared[kSumGroups][kSumColumns];
-    const int column = threadIdx.x % kSumColumns, group = threadIdx.x / kSumColumns;
-    const int channel = columns * kSumColumns + column;
+constexpr int64_t column_blocks(int channels, int columns) { return (channels + columns - 1) / columns; }
+
+// Adds `count` rows of [.., C] partial sums, for COLUMNS channels from `first` on: a strided sum a group of threads,
+// then the groups' in pairs.
+template <int COLUMNS>
+__device__ __forceinline__ void add_rows(const float* partials, int64_t count, int channels, int first, float* out,
+                                         float (&shared)[kSumThreads]) {
+    constexpr int kGroups = kSumThreads / COLUMNS;
+    const int group = threadIdx.x / COLUMNS, channel = first + threadIdx.x % COLUMNS;
     float total = 0.0f;
     if (channel < channels) {
 #pragma unroll 8
-        for (int64_t row = group; row < count; row += kSumGroups) total += partials[(first + row) * channels + channel];
+        for (int64_t row = group; row < count; row += kGroups) total += __ldcg(partials + row * channels + channel);
     }
-    shared[group][column] = total;
+    shared[threadIdx.x] = total;
     __syncthreads();
-    if (group == 0 && channel < channels) {
-        for (int g = 1; g < kSumGroups; ++g) total += shared[g][column];
-        out[channel] = total;
+#pragma unroll
+    for (int groups = kGroups / 2; groups > 0; groups /= 2) {
+        if (group < groups) shared[threadIdx.x] += shared[threadIdx.x + groups * COLUMNS];
+        __syncthreads();
     }
+    if (group == 0 && channel < channels) out[channel] = shared[threadIdx.x];
 }
 
-// Sections 0 and 1: gradients of weight and bias; from 2 on: the sums of one view's tokens.
-__global__ void __launch_bounds__(kSumColumns * kSumGroups)
-    add_partials_kernel(const __grid_constant__ FuseTokensBackward a) {
+// Blocks of the gradients of weight and bias, then those of the sums of every view's tokens.
+__global__ void __launch_bounds__(kSumThreads) add_partials_kernel(const __grid_constant__ FuseTokensBackward a) {
+    __shared__ float shared[kSumThreads];
+    const int64_t affine_blocks = column_blocks(a.channels, kAffineColumns);
+    const int64_t rows_blocks = column_blocks(a.channels, kRowsColumns);
+    const int64_t parts = a.views * a.chunks;
     wait_for_previous_kernel();
-    const int groups = (a.channels + kSumColumns - 1) / kSumColumns;
-    const int64_t section = blockIdx.x / groups;
-    const int columns = static_cast<int>(blockIdx.x - section * groups);
-    const int64_t rows = a.views * a.chunks;
-    if (section < 2) {
-        add_rows(a.partials, section * rows, rows, a.channels, columns, a.d_affine + section * a.channels);
+    if (blockIdx.x < 2 * affine_blocks) {
+        const int64_t section = blockIdx.x / affine_blocks;
+        const int first = static_cast<int>(blockIdx.x - section * affine_blocks) * kAffineColumns;
+        add_rows<kAffineColumns>(a.partials + section * parts * a.channels, parts, a.channels, first,
+                                 a.d_affine + section * a.channels, shared);
     } else {
-        const int64_t n = section - 2;
-        add_rows(a.partials, 2 * rows + n * a.chunks, a.chunks, a.channels, columns, a.d_rows + n * a.channels);
+        const int64_t index = blockIdx.x - 2 * affine_blocks, n = index / rows_blocks;
+        const int first = static_cast<int>(index - n * rows_blocks) * kRowsColumns;
+        add_rows<kRowsColumns>(a.partials + (2 * parts + n * a.chunks) * a.channels, a.chunks, a.channels, first,
+                               a.d_rows + n * a.channels, shared);
     }
 }
 
@@ -159,10 +170,9 @@ cudaError_t fuse_tokens_backward(const FuseTokensBackward& a, cudaStream_t strea
         if (error != cudaSuccess) return error;
     }
     // Without a block the sums are zero: the second kernel writes them all the same.
-    const int64_t sections = 2 + (a.d_rows != nullptr ? a.views : 0);
-    const int64_t groups = (a.channels + kSumColumns - 1) / kSumColumns;
-    return launch_dependent(add_partials_kernel, static_cast<unsigned>(sections * groups), kSumColumns * kSumGroups, a,
-                            stream);
+    const int64_t sums = 2 * column_blocks(a.channels, kAffineColumns) +
+                         (a.d_rows != nullptr ? a.views * column_blocks(a.channels, kRowsColumns) : 0);
+    return launch_dependent(add_partials_kernel, static_cast<unsigned>(sums), kSumThreads, a, stream);
 }
 
 }  // namespace any4d

@@ -3,8 +3,8 @@
 // Tiles of 128 pixels a warp, as in compose_factors.cu: asynchronous 16-byte copies in, four neighbouring pixels a lane,
 // points of three channels out through shared memory. Every gradient of a row's camera follows from 16 sums over its
 // pixels: the point gradients (3), their outer product with the camera points (9), and four products in the camera frame
-// for the intrinsics (these follow from the nine, but by a difference that costs a digit). Every warp writes its sums to
-// its own place; a second kernel adds them in a fixed order, in float64.
+// for the intrinsics (these follow from the nine, but by a difference that costs a digit). Every block writes its sums
+// to its own place; a second kernel adds them in a fixed order, in float64.
 
 #include "tiles.cuh"
 #include "unproject.h"
@@ -15,7 +15,8 @@ namespace {
 constexpr int kWarps = 4, kThreads = kWarps * kWarp;
 constexpr int kPixels = 4;         // a lane
 constexpr int kForwardTiles = 2;   // a warp: the second is copied while the first is computed
-constexpr int kBackwardTiles = 4;  // a warp: they share one reduction
+// A warp; they share one reduction. Two, and blocks are short: on an H200 the last ones to run leave little of it idle.
+constexpr int kBackwardTiles = 2;
 constexpr int kVectorBytes = kTile * 3 * 4;
 
 struct Camera {
@@ -241,9 +242,16 @@ __global__ void __launch_bounds__(kThreads, 6) backward_kernel(const __grid_cons
         }
     }
     if constexpr (REDUCE) {
+        // One partial sum a block, its warps' added in order: a quarter of what the finishing kernel has to wait for.
+        __shared__ float totals[kWarps][kSums];
         const float total = warp_sums16(sums, lane);
-        const int64_t chunk = (row * p.blocks + block) * kWarps + warp;
-        if (lane % 2 == 0) a.partials[chunk * kSums + lane / 2] = total;
+        if (lane % 2 == 0) totals[warp][lane / 2] = total;
+        __syncthreads();
+        if (threadIdx.x < kSums) {
+            const int i = threadIdx.x;
+            const float sum = (totals[0][i] + totals[1][i]) + (totals[2][i] + totals[3][i]);
+            a.partials[(row * p.blocks + block) * kSums + i] = sum;
+        }
     }
 }
 
@@ -252,9 +260,8 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(const __grid_con
     __shared__ double totals[kFinishThreads];
     const UnprojectBackward& a = p.a;
     const int64_t row = blockIdx.x;
-    const int64_t chunks = int64_t{p.blocks} * kWarps;
     wait_for_previous_kernel();
-    block_sums16(a.partials + row * chunks * kSums, static_cast<int>(chunks), totals);
+    block_sums16(a.partials + row * p.blocks * kSums, p.blocks, totals);
     const int i = threadIdx.x;
     if (i < 16) {
         const double grad = i >= 12 ? 0.0 : i % 4 == 3 ? totals[9 + i / 4] : totals[i / 4 * 3 + i % 4];
@@ -301,7 +308,7 @@ cudaError_t launch_backward(const UnprojectBackward& a, cudaStream_t stream) {
 
 }  // namespace
 
-int64_t unproject_backward_chunks(int64_t pixels) { return int64_t{blocks_of(pixels, kBackwardTiles)} * kWarps; }
+int64_t unproject_backward_chunks(int64_t pixels) { return blocks_of(pixels, kBackwardTiles); }
 
 cudaError_t unproject_forward(const UnprojectForward& a, cudaStream_t stream) {
     return with_float_type(a.in.map_dtype, [&](auto kind) {

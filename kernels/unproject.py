@@ -17,7 +17,7 @@ from torch import Tensor
 
 from any4d_fast.layout import evenly_spaced, map_strides, packed_matrices
 
-from ._points import load3, store3, store_sums3, sum_column
+from ._points import load3, store3, store_sums3, sum_columns
 from .aot import AotCase
 
 _SUMS = tl.constexpr(16)
@@ -37,7 +37,7 @@ class Config(NamedTuple):
 # iterations spread the 16 reductions' shuffles over 4,096 pixels. Measured on an H200 (kernels/notes/unproject.md).
 FORWARD = Config(block=128, warps=4, iterations=1, tile_loads=False, tile_stores=False)
 BACKWARD = Config(block=256, warps=4, iterations=16, tile_loads=False, tile_stores=False)
-_FINISH_BLOCK = 128
+_FINISH_BLOCK, _FINISH_WARPS = 64, 4  # 41 views of 518x336 have 43 partial sums each: one step
 
 
 @triton.jit
@@ -171,49 +171,27 @@ def _backward_kernel(
 
 
 @triton.jit
-def _store4(pointer, a, b, c, d):
-    kind: tl.constexpr = pointer.dtype.element_ty
-    tl.store(pointer, a.to(tl.float32).to(kind))
-    tl.store(pointer + 1, b.to(tl.float32).to(kind))
-    tl.store(pointer + 2, c.to(tl.float32).to(kind))
-    tl.store(pointer + 3, d.to(tl.float32).to(kind))
-
-
-@triton.jit
 def _finish_kernel(intrinsics, partials, out_intrinsics, out_poses, chunks, intrinsics_row, BLOCK: tl.constexpr):
-    """Add one row's partial sums; gradients of its intrinsics and pose."""
+    """Add one row's partial sums; gradients of its intrinsics and pose, an entry a sum.
+
+    All columns in one loop: one after the other, sixteen sums of a handful of values wait for memory sixteen times.
+    """
     row = tl.program_id(0).to(tl.int64)
-    partials += row * _SUMS * chunks
-    m00 = sum_column(partials, chunks, BLOCK)
-    m01 = sum_column(partials + chunks, chunks, BLOCK)
-    m02 = sum_column(partials + 2 * chunks, chunks, BLOCK)
-    m10 = sum_column(partials + 3 * chunks, chunks, BLOCK)
-    m11 = sum_column(partials + 4 * chunks, chunks, BLOCK)
-    m12 = sum_column(partials + 5 * chunks, chunks, BLOCK)
-    m20 = sum_column(partials + 6 * chunks, chunks, BLOCK)
-    m21 = sum_column(partials + 7 * chunks, chunks, BLOCK)
-    m22 = sum_column(partials + 8 * chunks, chunks, BLOCK)
-    sx = sum_column(partials + 9 * chunks, chunks, BLOCK)
-    sy = sum_column(partials + 10 * chunks, chunks, BLOCK)
-    sz = sum_column(partials + 11 * chunks, chunks, BLOCK)
-    zero = tl.full((), 0.0, tl.float32)
-    out_poses += row * 16
-    _store4(out_poses, m00, m01, m02, sx)
-    _store4(out_poses + 4, m10, m11, m12, sy)
-    _store4(out_poses + 8, m20, m21, m22, sz)
-    _store4(out_poses + 12, zero, zero, zero, zero)
-    # d x / d fx = -x / fx and d x / d cx = -z / fx for the camera point (x, y, z).
-    intrinsics += row * intrinsics_row
-    fx = tl.load(intrinsics).to(tl.float32)
-    fy = tl.load(intrinsics + 4).to(tl.float32)
-    grad_fx = tl.div_rn(-sum_column(partials + 12 * chunks, chunks, BLOCK).to(tl.float32), fx)
-    grad_cx = tl.div_rn(-sum_column(partials + 13 * chunks, chunks, BLOCK).to(tl.float32), fx)
-    grad_fy = tl.div_rn(-sum_column(partials + 14 * chunks, chunks, BLOCK).to(tl.float32), fy)
-    grad_cy = tl.div_rn(-sum_column(partials + 15 * chunks, chunks, BLOCK).to(tl.float32), fy)
-    out_intrinsics += row * 9
-    _store4(out_intrinsics, grad_fx, zero, grad_cx, zero)
-    _store4(out_intrinsics + 4, grad_fy, grad_cy, zero, zero)
-    tl.store(out_intrinsics + 8, zero.to(out_intrinsics.dtype.element_ty))
+    sums = sum_columns(partials + row * _SUMS * chunks, chunks, _SUMS, _SUMS, BLOCK).to(tl.float32)
+    place = tl.arange(0, _SUMS)
+    # The outer product is the pose's left part, the sums of the point gradients (9, 10, 11) its right column; its last
+    # row is zero, and takes the places of the intrinsics' sums.
+    entry = tl.where(place < 9, place // 3 * 4 + place % 3, tl.where(place < 12, (place - 9) * 4 + 3, place))
+    tl.store(out_poses + row * 16 + entry, tl.where(place < 12, sums, 0.0).to(out_poses.dtype.element_ty))
+    # d x / d fx = -x / fx and d x / d cx = -z / fx for the camera point (x, y, z): entries 0 and 2, fy's 4 and 5. The
+    # other five are zero, and are written in the places of the first five sums.
+    ours = place >= 12
+    focal = tl.load(intrinsics + row * intrinsics_row + tl.where(place < 14, 0, 4), mask=ours, other=1.0).to(tl.float32)
+    grad = tl.where(ours, tl.div_rn(-sums, focal), 0.0)
+    zeros = tl.where(place < 2, 2 * place + 1, place + 4)
+    entry = tl.where(ours, tl.where(place < 14, (place - 12) * 2, place - 10), zeros)
+    grad = grad.to(out_intrinsics.dtype.element_ty)
+    tl.store(out_intrinsics + row * 9 + entry, grad, mask=ours | (place < 5))
 
 
 def forward(
@@ -293,7 +271,7 @@ def backward(
     if need_cameras:
         _finish_kernel[(n,)](
             intrinsics, partials, out_intrinsics, out_poses, chunks, intrinsics.stride(0),
-            BLOCK=_FINISH_BLOCK, num_warps=1,
+            BLOCK=_FINISH_BLOCK, num_warps=_FINISH_WARPS,
         )  # fmt: skip
     return out_depth, out_intrinsics, out_poses
 
@@ -324,5 +302,5 @@ def aot_cases() -> list[AotCase]:
         add("backward", _backward_kernel, kind, {**common, "grad_moved": None}, BACKWARD.warps)
         add("backward with flow", _backward_kernel, kind, common, BACKWARD.warps)
         add("backward of depth", _backward_kernel, kind, {**common, "partials": None}, BACKWARD.warps)
-    add("finish", _finish_kernel, "fp32", {"BLOCK": _FINISH_BLOCK}, 1)
+    add("finish", _finish_kernel, "fp32", {"BLOCK": _FINISH_BLOCK}, _FINISH_WARPS)
     return cases

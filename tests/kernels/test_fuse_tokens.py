@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from any4d_fast import testing
+from any4d_fast.ops._library import launchers
 from any4d_fast.ops.fuse_tokens import fuse_tokens
 from any4d_fast.reference.fuse_tokens import fuse_tokens as reference
 from tests.kernels_common import DEVICE, GPU, KERNEL_BACKENDS, gpu_only, kernel_test
@@ -155,6 +156,24 @@ def test_absent_modalities_add_exactly_zero_even_when_nan(backend: str) -> None:
         assert grad is not None and clean_grad is not None and torch.equal(grad, clean_grad)
     for grad, mask in zip(testing.gradients(run, case.tensors, [cotangent])[4:], case.masks, strict=True):
         assert grad is not None and mask is not None and not grad[~mask].any()
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 16])
+def test_sums_do_not_depend_on_chunks(backend: str, chunk: int) -> None:
+    """Of one token: more partial sums than the second stage adds in a step; of 3: the last is shorter; of 16: one."""
+    case = Case((10, 2, 14, 12), 1, 2, masked=False)
+    kernels = launchers("fuse_tokens", backend)
+    image, weight, bias, _, dense, *vectors = case.tensors
+    assert image is not None and dense is not None
+    _, mean, rstd, total = kernels.fuse_tokens_forward(
+        image, [dense], [None], vectors, [None, None], weight, bias, None, 2, 1e-6, torch.float32, True
+    )
+    arguments = (case.normal(2, 140, 12), total, [], [], mean, rstd, weight, [None], torch.float32, [None], True, 2)
+    found, expected = (kernels.fuse_tokens_backward(*arguments, chunk=size) for size in (chunk, 14))
+    assert torch.equal(found[0], expected[0])
+    # float32 sums of 280 and of 14 terms in another order.
+    torch.testing.assert_close(found[2:], expected[2:], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(found[2][1], arguments[0].sum((0, 1)), rtol=1e-5, atol=1e-4)
 
 
 def test_backward_is_deterministic(backend: str) -> None:

@@ -95,6 +95,15 @@ def test_parity(dtype: torch.dtype, used: str, access: str) -> None:
     check(make_inputs(2, 2, height=13, width=17, dtype=dtype), access, used)
 
 
+@pytest.mark.parametrize("height", [63, 64, 65, 131])
+def test_partial_sums_in_several_steps(height: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many partial sums as the last kernel adds at once, one less, one more, and some of a third step."""
+    config = triton_kernels.Config(block=32, warps=1, iterations=1, tile_loads=False, tile_stores=False)
+    monkeypatch.setattr(triton_kernels, "BACKWARD", config)
+    assert triton_kernels._FINISH_BLOCK == 64
+    check(make_inputs(2, height=height, width=32), "triton")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_parity_without_flow(dtype: torch.dtype, backend: str) -> None:
     check(make_inputs(3, height=28, width=42, dtype=dtype)[:3], backend, "points")
