@@ -30,11 +30,12 @@ from .dense_inference import hidden_map, pack_conv, pack_features
 from .dpt import DPTFeatures, DPTRegressor, FusionBlock, ResidualConvUnit, Scratch, float32_sums, matmul_tf32
 from .plain import plain, unhooked
 
-# 24 images of 518 x 336 whose maps are kept; 12 of those whose maps are computed again, and are alive for so long only
-# (with 6 the host was slower than an H200).
-PIXELS_AT_ONCE, RECOMPUTED_AT_ONCE = 1 << 22, 1 << 21
+# 48 images of 518 x 336 whose maps are kept (half as many, and a step of `tiny` on 64 images took 8 % longer for its
+# small launches); 12 of those whose maps are computed again, and are alive for so long only (with 6 the host was slower
+# than an H200).
+PIXELS_AT_ONCE, RECOMPUTED_AT_ONCE = 1 << 23, 1 << 21
 # A gradient's sum over the pixels of one channel, and its largest value, after scaling. A weight's gradient is at most
-# the first times the largest activation. Over 2^22 pixels the mean is 2^-9; float16's normal numbers begin at 2^-14.
+# the first times the largest activation. Over 2^23 pixels the mean is 2^-10; float16's normal numbers begin at 2^-14.
 LARGEST_SUM, LARGEST = 2.0**13, 2.0**8
 MOST = 2.0**120  # of the factor itself, so that one over it is a float32 too: gradients of zeros need none
 
