@@ -35,8 +35,8 @@ def _config(exact: bool, hidden: int, channels: int, target: int) -> Config:
     inputs = inputs._replace(stages=4, flatten=False) if inputs.flatten else inputs
     tma = target > 8
     if max(hidden, channels) < 64:
-        # As forward. The weight's gradient has tiles of 16 x 16 or 32 x 32, work for one warp: 0.17 ms for 0.82 with eight.
-        # The hidden map's: 0.21 for 0.67; the input's 0.13 for 0.30 (16 channels, 32 maps of 252 x 336, H200).
+        # As forward. The weight's gradient has tiles of 16 x 16 or 32 x 32, work for one warp: 0.17 ms for 0.82 with
+        # eight. The hidden map's: 0.21 for 0.67; the input's: 0.13 for 0.30 (16 channels, 32 maps of 252 x 336, H200).
         return Config(inputs._replace(per_sm=8), inputs, Tiles(32, 128, 1, 3, per_sm=8))
     # The epilogue holds activations and their gradient beside the accumulator: half the forward pass's pixels.
     narrow = hidden > 128 or (target == 8 and hidden < 64)

@@ -14,7 +14,7 @@ MAX_CHANNELS = 1024
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 FORWARD_CHUNKS = ((16_384, 16), (0, 4))
-BACKWARD_CHUNKS = ((16_384, 64), (4_096, 32), (0, 8))
+BACKWARD_CHUNKS = ((16_384, 48), (4_096, 32), (0, 8))
 """(at least so many tokens, tokens of a view that a block takes, four at a time). Long chunks read what a view's tokens
 share less often and write fewer partial sums, short ones fill the device; fixed, so that no result depends on it."""
 

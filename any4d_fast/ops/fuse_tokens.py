@@ -150,7 +150,7 @@ class _FuseTokens(torch.autograd.Function):
         batch: int,
         eps: float,
         out_dtype: torch.dtype,
-        backends: tuple[str, str],
+        backend: str,
         *values: Tensor | None,
     ) -> Tensor:
         image_tokens, weight, bias, scale_token = values[:4]
@@ -162,11 +162,11 @@ class _FuseTokens(torch.autograd.Function):
         save_sum = maps > 0 and any(ctx.needs_input_grad)
         out, mean, rstd, total = _forward(
             image_tokens, dense, masks[:maps], vectors, masks[maps:], weight, bias, scale_token, batch, eps, out_dtype,
-            save_sum, backends[0],
+            save_sum, backend,
         )  # fmt: skip
         kept = [total, *[None] * len(vectors)] if save_sum else [image_tokens, *vectors]
         ctx.save_for_backward(mean, rstd, weight, *kept, *masks)
-        ctx.maps, ctx.count, ctx.save_sum, ctx.backend = maps, count, save_sum, backends[1]
+        ctx.maps, ctx.count, ctx.save_sum, ctx.backend = maps, count, save_sum, backend
         ctx.dtypes = [None if t is None else t.dtype for t in values[: 4 + count]]
         ctx.scale_shape = None if scale_token is None else scale_token.shape
         return out
@@ -195,7 +195,7 @@ class _FuseTokens(torch.autograd.Function):
         for i, need in enumerate(need_vectors):
             mask = masks[maps + i]
             kept = d_rows if mask is None else torch.where(mask[:, None], d_rows, torch.zeros_like(d_rows))
-            found.append(kept.to(ctx.dtypes[4 + maps + i], copy=mask is None) if need else None)
+            found.append(kept.to(ctx.dtypes[4 + maps + i]) if need else None)
         return (None, None, None, None, None, *found, *[None] * count)
 
 
@@ -342,7 +342,5 @@ def fuse_tokens(
             image_tokens, flat, list(vectors), weight, bias, eps, dense_masks=masks[: len(flat)],
             vector_masks=masks[len(flat) :], scale_token=scale_token, batch=batch, out_dtype=out_dtype,
         )  # fmt: skip
-    # Measured on an H200: Triton's forward is 10 to 18 % faster, the CUDA backward 9 to 13 % (benchmarks/results).
-    backward = backends.select_backward("fuse_tokens", backend, name, "cuda", *values)
-    fused: Tensor = _FuseTokens.apply(len(flat), batch, eps, out_dtype, (name, backward), *values)
+    fused: Tensor = _FuseTokens.apply(len(flat), batch, eps, out_dtype, name, *values)
     return fused
