@@ -22,9 +22,10 @@ Function = Callable[[], Any]
 def time_ms(function: Function, head_start: bool = True) -> tuple[float, float, float]:
     """Median, 20th and 80th percentile of the device time of one run, in milliseconds.
 
-    The L2 cache is flushed before every run, by reading: lines that a flush has written are written back during the run,
-    at its cost (50 MB, 5 us of the 62 of a small op, where calls one behind the other take 60). With `head_start` the device spins for a moment before the first event, so
-    that Python's launches are queued by then and only work on the device is timed; a whole model is timed without.
+    The L2 cache is flushed before every run, by reading: lines that a flush has written are written back during the
+    run, at its cost (50 MB, 5 us of the 67 of a small op, where calls one behind the other take 60). With `head_start`
+    the device spins for a moment before the first event, so that Python's launches are queued by then and only work on
+    the device is timed; a whole model is timed without.
     """
     flush = torch.zeros(FLUSH_BYTES // 4, device="cuda")
     function()
