@@ -14,6 +14,8 @@ from torch import Tensor
 from any4d_fast import Any4D, head_loop, memory, use_backend
 from any4d_fast.head_loop import run_heads
 from any4d_fast.head_precision import head_dtype, use_head_dtype
+from any4d_fast.modules import dense_inference
+from any4d_fast.modules.dpt import ResidualConvUnit
 from any4d_fast.ops.dense_maps import new_flag
 from any4d_fast.testing import relative_error
 from tests import tf32
@@ -98,6 +100,38 @@ def test_float16_errs_about_as_much_as_tf32(model: Any4D) -> None:
     print({key: f"{ours:.1e} (TF32 {base:.1e})" for key, (ours, base) in report.items()})
     # Outputs of few numbers, and those that random weights barely move, err by chance.
     assert all(ours <= 4 * base + 2**-13 for ours, base in report.values()), report
+
+
+@pytest.mark.parametrize(("channels", "size"), [(256, (24, 37)), (32, (18, 24)), (8, (1, 1))])
+def test_units_with_cudnns_activation_are_those_without(
+    channels: int, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same sums, of which the hidden map's are rounded once instead of twice; both raise the flag."""
+    torch.manual_seed(0)
+    unit = ResidualConvUnit(channels).cuda()
+    x = torch.randn(3, *size, channels, device="cuda").half()
+
+    def refined(x: Tensor, fused: bool) -> tuple[Tensor, bool]:
+        flag = new_flag(x.device)
+        with torch.no_grad(), monkeypatch.context() as patch:
+            assert dense_inference.fuses_activation(x)
+            if not fused:
+                patch.setattr(dense_inference, "fuses_activation", lambda x: False)
+            weights = dense_inference._unit(unit, torch.float16)
+            return dense_inference._refine(x, x.relu(), weights, flag)[0], bool(flag)
+
+    with torch.no_grad():
+        exact = unit.double()(x.double().permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    unit.float()
+    (ours, flagged), (plain, also) = refined(x, True), refined(x, False)
+    assert not flagged and not also
+    assert relative_error(ours, exact) <= 1.1 * relative_error(plain, exact)
+    with torch.no_grad():
+        unit.conv1.bias.fill_(1e5)  # type: ignore[union-attr]
+    assert refined(x, True)[1] and refined(x, False)[1]
+    with torch.no_grad():
+        unit.conv1.bias.fill_(-1e5)  # type: ignore[union-attr]
+    assert not refined(x, True)[1], "a ReLU's zero fits, however far below it the sum was"
 
 
 @pytest.mark.parametrize("step", [1, 4, VIEWS])
