@@ -213,6 +213,7 @@ def profile(
     size: Annotated[str, typer.Option(help="HEIGHTxWIDTH in pixels, multiples of 14.")] = "336x518",
     batch: Annotated[int, typer.Option(help="Samples.", min=1)] = 1,
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    precision: Annotated[str, typer.Option(help="exact, or fp8 on Hopper or newer.")] = "exact",
     modalities: Annotated[
         str, typer.Option(help="Inputs beside images, comma-separated: rays, depth, poses, flow; or all.")
     ] = "",
@@ -236,7 +237,8 @@ def profile(
             raise ValueError(f"--size: expected HEIGHTxWIDTH, got {size!r}")
         names = MODALITIES if modalities == "all" else tuple(name for name in modalities.split(",") if name)
         model, _ = load_model(checkpoint, preset or (None if checkpoint else "any4d"), device)
-        found = measure(model, views, chosen, batch=batch, modalities=names, dtype=dtype, runs=runs)
+        settings = {"dtype": dtype, "precision": precision}
+        found = measure(model, views, chosen, batch=batch, modalities=names, runs=runs, **settings)
         typer.echo(json.dumps(found.as_dict(), indent=2) if as_json else render(found))
 
 

@@ -18,6 +18,7 @@ from .graphs import reasons
 from .head_precision import NARROW, head_dtype
 from .inference import AMP_DTYPES
 from .model import Any4D
+from .precision import EXACT
 
 # Longer than Python and Triton take to launch an operator: the device is still asleep when its work is queued, so that
 # the events around it enclose nothing else.
@@ -26,7 +27,7 @@ MATMUL_SIZE = 8192
 COPY_BYTES = 1 << 30
 
 LINEARS = ("addmm", "mm", "bmm", "baddbmm", "linear", "convolution", "_addmm_activation", "linear_forward",
-           "linear_gelu_forward", "linear_residual_forward", "tokenize_forward")  # fmt: skip
+           "linear_gelu_forward", "linear_residual_forward", "linear_fp8", "tokenize_forward")  # fmt: skip
 VIEWS = ("view", "_unsafe_view", "t", "transpose", "permute", "as_strided", "unsqueeze", "squeeze", "slice", "select",
          "expand", "detach", "alias", "unbind", "split", "split_with_sizes", "chunk", "narrow", "unflatten", "empty",
          "empty_like", "empty_strided", "new_empty", "lift_fresh")  # fmt: skip
@@ -60,6 +61,7 @@ class Profile:
     height: int
     width: int
     dtype: str
+    precision: str
     modalities: list[str]
     clock: str
     rows: list[Row] = field(default_factory=list)
@@ -226,6 +228,7 @@ def profile(
     batch: int = 1,
     modalities: Sequence[str] = (),
     dtype: str = "bf16",
+    precision: str = EXACT,
     runs: int = 5,
 ) -> Profile:
     """Measure a forward pass with random inputs.
@@ -241,10 +244,12 @@ def profile(
         batch: samples.
         modalities: inputs beside images, of `work.MODALITIES`, for every view.
         dtype: autocast's "bf16" or "fp16", or "fp32" for none; a CPU takes "bf16" and "fp32".
+        precision: "exact" or "fp8", as the model takes it; floors are those of `dtype` in either case.
         runs: measured runs, after one that is not; the table holds medians.
 
     Raises:
         ValueError: an option is wrong.
+        PrecisionError: `precision` cannot run here.
     """
     if dtype not in AMP_DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(sorted(AMP_DTYPES))}, got {dtype!r}")
@@ -265,15 +270,15 @@ def profile(
             item=4 if narrow is None else 2, head_item=2 if heads in NARROW else 4, patch=patch,
         )  # fmt: skip
         counted = work.count(call)
-        measured = _stages(model, given, device, runs)
-        found = Profile(
-            torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            views, batch, *size, dtype, list(modalities), "device events" if device.type == "cuda" else "wall time",
-        )  # fmt: skip
-        found.whole_ms = _median_ms(lambda: model(given, cuda_graphs=False), device, runs)
+        measured = _stages(model, given, device, runs, precision)
+        name, clock = "cpu", "wall time"
+        if device.type == "cuda":
+            name, clock = torch.cuda.get_device_name(device), "device events"
+        found = Profile(name, views, batch, *size, dtype, precision, list(modalities), clock)
+        found.whole_ms = _median_ms(lambda: model(given, cuda_graphs=False, precision=precision), device, runs)
         found.why_no_graph = reasons(model, given, model.config.modalities, True)
         if not found.why_no_graph:
-            found.whole_graph_ms = _median_ms(lambda: model(given, cuda_graphs=True), device, runs)
+            found.whole_graph_ms = _median_ms(lambda: model(given, cuda_graphs=True, precision=precision), device, runs)
             found.why_no_graph = model._graphs.failures()
     if device.type == "cuda":
         del given
@@ -283,16 +288,18 @@ def profile(
     return found
 
 
-def _stages(model: Any4D, views: list[dict[str, Any]], device: torch.device, runs: int) -> dict[str, float]:
+def _stages(
+    model: Any4D, views: list[dict[str, Any]], device: torch.device, runs: int, precision: str
+) -> dict[str, float]:
     where = _Where(model)
     times: list[dict[str, float]] = []
     try:
-        model(views, cuda_graphs=False)
+        model(views, cuda_graphs=False, precision=precision)
         for _ in range(runs):
             clock = _Clock(device)
             where.restart()
             with _Operators(clock, where):
-                model(views, cuda_graphs=False)
+                model(views, cuda_graphs=False, precision=precision)
             times.append(clock.read())
     finally:
         where.close()
@@ -384,8 +391,9 @@ def _row(stage: str, ms: float | None, part: work.Work, call: work.Call, found: 
 def render(found: Profile) -> str:
     """The table as aligned lines of text."""
     gpu = found.copy_tbps is not None
+    kind = found.dtype if found.precision == EXACT else f"{found.dtype} and {found.precision}"
     title = (
-        f"{found.device}: {found.views} views x {found.batch}, {found.width} x {found.height}, {found.dtype}, "
+        f"{found.device}: {found.views} views x {found.batch}, {found.width} x {found.height}, {kind}, "
         f"images{''.join(f' + {name}' for name in found.modalities)}"
     )
     clock = "device time" if gpu else "CPU wall time; FLOPs and bytes are counted, and no floor is known"

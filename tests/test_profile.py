@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from any4d_fast import Any4D, work
+from any4d_fast import Any4D, use_backend, work
 from any4d_fast.cli import app
+from any4d_fast.precision import PrecisionError
 from any4d_fast.profile import Profile, Row, profile, render
 from any4d_fast.work import MODALITIES, STAGES
 
@@ -38,6 +40,23 @@ def test_images_only_run_no_tokenizer(tiny: Any4D) -> None:
     assert len(tiny.encoder.model.derived) >= 3  # timed with the inference weights
 
 
+def test_eight_bits_are_profiled_as_the_model_runs_them(tiny: Any4D, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    run = Any4D.run
+
+    def spied(*args: Any, **options: Any) -> Any:
+        taken.append(options["precision"])
+        return run(*args, **options)
+
+    monkeypatch.setattr(Any4D, "run", spied)
+    with use_backend("eager"):  # the same roundings, emulated
+        found = profile(tiny, 1, (28, 28), precision="fp8", runs=1)
+    assert set(taken) == {"fp8"} and "bf16 and fp8" in render(found)
+    assert all(row.ms for row in found.rows if row.flops and row.stage != work.TOKENIZERS)
+    with pytest.raises(PrecisionError, match="CUDA"):
+        profile(tiny, 1, (28, 28), precision="fp8", runs=1)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device (make test-gpu)")
 def test_on_a_gpu_stages_add_up_and_have_floors() -> None:
@@ -56,7 +75,23 @@ def test_on_a_gpu_stages_add_up_and_have_floors() -> None:
 def test_table() -> None:
     rows = [Row("a", 2.0, 4e12, 1e9, 1.0, 50.0), Row("b", None, 0.0, 0.0)]
     text = render(
-        Profile("H200", 2, 1, 336, 518, "bf16", ["rays"], "device events", rows, 3.0, 2.5, [], {"16-bit": 750.0}, 4.2)
+        Profile(
+            "H200",
+            2,
+            1,
+            336,
+            518,
+            "bf16",
+            "exact",
+            ["rays"],
+            "device events",
+            rows,
+            3.0,
+            2.5,
+            [],
+            {"16-bit": 750.0},
+            4.2,
+        )
     )
     assert "2e+03" in text and "50 %" in text and "750 TFLOP/s" in text and "images + rays" in text
     assert text.splitlines()[-4].startswith("sum") and "2.500 ms" in text
