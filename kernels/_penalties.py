@@ -1,7 +1,9 @@
 """What the loss kernels compute at a pixel: logarithms, the log-space map, penalties of residuals and their gradients.
 
 In plain arithmetic, accurate to a few ulps: the hardware's logarithm has an absolute error of 2^-22 near 1, which is
-where most flow and small depths lie.
+where most flow and small depths lie. Nothing branches: an IEEE division or root is a branch to its slow path, between
+which the compiler moves no load, and thirty of them made these kernels wait for memory five times a pixel. Roots and
+reciprocals are the hardware's reciprocal root and a Newton step (an ulp or two, to either side).
 """
 
 from __future__ import annotations
@@ -11,32 +13,73 @@ import triton.language as tl
 
 from ._points import exp
 
-_LN2_HIGH = tl.constexpr(0.693359375)
-_LN2_LOW = tl.constexpr(-2.12194440e-4)
-_TWO_THIRDS = tl.constexpr(0x3F2AAAAB)
+_LN2_BIT = tl.constexpr(8.262958294867817e-08)  # ln(2) / 2^23: of an exponent where it stands in a float
+_THREE_QUARTERS = tl.constexpr(0x3F400000)
+_ONE = tl.constexpr(0x3F800000)
+_EXPONENT = tl.constexpr(-(1 << 23))
+_TINY = tl.constexpr(2.0**-120)  # keeps the reciprocal root of zero finite
+_SHORT = tl.constexpr(1e-15)  # shorter vectors are mapped as vectors of zero
+
+
+@triton.jit
+def _log_reduced(m, exponent):
+    """log(2^k (1 + m)), m in [-1/4, 1/2), exponent = k << 23. Minimax, 0.9 ulps; not finite where m is not."""
+    square = m * m
+    even = square * -4.54559326e-2 - 1.32279396e-1
+    odd = square * 1.05529785e-1 + 1.44911408e-1
+    even = even * square - 1.66416913e-1
+    odd = odd * square + 1.99886635e-1
+    series = odd * m + (even * square - 2.50001878e-1)
+    series = series * m + 3.33335280e-1
+    series = series * m - 0.5
+    return exponent.to(tl.float32) * _LN2_BIT + (series * square + m)
 
 
 @triton.jit
 def log1p(x):
-    """log(1 + x), x > -1; NaN where x is not finite.
+    """log(1 + x), x > -1; not finite where x is not. The rounding of 1 + x only chooses k: no digit of x is lost."""
+    exponent = ((1.0 + x).to(tl.int32, bitcast=True) - _THREE_QUARTERS) & _EXPONENT
+    power = (-exponent + _ONE).to(tl.float32, bitcast=True)
+    return _log_reduced(x * power + (power - 1.0), exponent)
 
-    1 + x = 2^k m with m in [2/3, 4/3), and log m = 2 artanh((m - 1) / (m + 1)), whose series to t^9 errs by less than
-    1e-8 relative. Where k is 0 the series takes x itself; elsewhere what rounding 1 + x lost is added back.
+
+@triton.jit
+def log(x):
+    """log x, x > 0 and not denormal; not finite where x is not."""
+    exponent = (x.to(tl.int32, bitcast=True) - _THREE_QUARTERS) & _EXPONENT
+    return _log_reduced(x * (-exponent + _ONE).to(tl.float32, bitcast=True) - 1.0, exponent)
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x of normal x > 0, within an ulp or two."""
+    root = tl.rsqrt(x)
+    first = root * root
+    return tl.fma(first, tl.fma(-first, x, 1.0), first)
+
+
+@triton.jit
+def reciprocal_pair(x):
+    """1 / x as a sum of two floats, rounded and rest: as exact a divisor of every pixel as x itself.
+
+    A mean's rounded reciprocal alone would push every pixel the same way.
     """
-    w = 1.0 + x
-    bits = w.to(tl.int32, bitcast=True)
-    k = (bits - _TWO_THIRDS) >> 23
-    m = (bits - (k << 23)).to(tl.float32, bitcast=True)
-    f = tl.where(k == 0, x, m - 1.0)
-    lost = tl.where(k == 0, 0.0, (x - (w - 1.0)) / w)
-    t = tl.div_rn(f, 2.0 + f)
-    t2 = t * t
-    series = t2 * (1.0 / 9) + 1.0 / 7
-    series = series * t2 + 1.0 / 5
-    series = series * t2 + 1.0 / 3
-    power = k.to(tl.float32)
-    low = power * _LN2_LOW + lost + 2.0 * t * t2 * series
-    return power * _LN2_HIGH + (2.0 * t + low) + (x - x)
+    rounded = tl.div_rn(1.0, x)
+    return rounded, tl.fma(-rounded, x, 1.0) * rounded
+
+
+@triton.jit
+def _times(x, rounded, rest):
+    return tl.fma(x, rounded, x * rest)
+
+
+@triton.jit
+def root(squares):
+    """Square root and its reciprocal: 0 and something large, but finite, of 0."""
+    inverse = tl.rsqrt(squares + _TINY)
+    length = squares * inverse
+    half = 0.5 * tl.fma(-length, inverse, 1.0)
+    return tl.fma(length, half, length), tl.fma(inverse, half, inverse)
 
 
 @triton.jit
@@ -53,15 +96,22 @@ def _expm1(x):
 @triton.jit
 def length3(x, y, z):
     """Norm of vectors."""
-    return tl.sqrt_rn(x * x + y * y + z * z)
+    length, inverse = root(x * x + y * y + z * z)
+    return length
 
 
 @triton.jit
-def squash_factor(length, unit):
-    """What a vector of this length is multiplied by in f(x / unit), f(x) = x / |x| log(1 + |x|)."""
-    known = length > 0
-    safe = tl.where(known, length, 1.0)
-    return tl.where(known, tl.div_rn(log1p(tl.div_rn(length, unit)), safe), tl.div_rn(1.0, unit) + 0.0 * length)
+def squash1(x, unit, unit_rest):
+    """f(x / u) of scalars, f(x) = x / |x| log(1 + |x|), for 1 / u as a `reciprocal_pair`."""
+    value = log1p(_times(tl.abs(x), unit, unit_rest))
+    return tl.where(x < 0, -value, value)
+
+
+@triton.jit
+def _squash3(x, y, z, unit, unit_rest):
+    """|v|, 1 / |v| and what v is multiplied by in f(v / u); where v is nearly zero, any small number."""
+    length, inverse = root(x * x + y * y + z * z)
+    return length, inverse, log1p(_times(length, unit, unit_rest)) * inverse
 
 
 @triton.jit
@@ -69,7 +119,7 @@ def _robust_penalty(squares, alpha, scale):
     """Barron's loss of a residual with these squares, and what the residual is multiplied by in its gradient."""
     factor = 1.0 / (scale * scale)
     spread = 2.0 - alpha
-    logarithm = log1p(squares * factor / spread)
+    logarithm = log1p(squares * (factor / spread))
     return spread / alpha * _expm1(0.5 * alpha * logarithm), factor * exp((0.5 * alpha - 1.0) * logarithm)
 
 
@@ -80,20 +130,21 @@ def _penalty3(x, y, z, alpha, scale, ROBUST: tl.constexpr):
     if ROBUST:
         value, factor = _robust_penalty(squares, alpha, scale)
     else:
-        value = tl.sqrt_rn(squares)
-        factor = tl.where(value > 0, tl.div_rn(1.0, tl.where(value > 0, value, 1.0)), 0.0)
+        value, factor = root(squares)
     return value, factor
 
 
 @triton.jit
-def compare3(x, y, z, gx, gy, gz, unit, gt_unit, alpha, scale, ROBUST: tl.constexpr):
-    """Penalty of f(v / unit) - f(w / gt_unit), its gradient with respect to the former, and |v| and v's factor in f."""
-    length = length3(x, y, z)
-    factor = squash_factor(length, unit)
-    gt_factor = squash_factor(length3(gx, gy, gz), gt_unit)
+def compare3(x, y, z, gx, gy, gz, unit, unit_rest, gt_unit, gt_rest, alpha, scale, ROBUST: tl.constexpr):
+    """Penalty of f(v / u) - f(w / t), its gradient with respect to the former, and |v|, 1 / |v| and v's factor in f.
+
+    1 / u and 1 / t are given, as `reciprocal_pair`s.
+    """
+    length, inverse, factor = _squash3(x, y, z, unit, unit_rest)
+    gt_length, gt_inverse, gt_factor = _squash3(gx, gy, gz, gt_unit, gt_rest)
     a, b, c = factor * x - gt_factor * gx, factor * y - gt_factor * gy, factor * z - gt_factor * gz
     value, g = _penalty3(a, b, c, alpha, scale, ROBUST)
-    return value, g * a, g * b, g * c, length, factor
+    return value, g * a, g * b, g * c, length, inverse, factor
 
 
 @triton.jit
@@ -127,16 +178,13 @@ def penalty_l1(x, y, z, alpha, scale, ROBUST: tl.constexpr):
 
 
 @triton.jit
-def pull_back3(x, y, z, gx, gy, gz, length, factor, unit):
-    """Gradient of f(v / unit) with respect to the vectors v, and with respect to the unit, for the cotangent g."""
-    along = x * gx + y * gy + z * gz
-    inverse = tl.div_rn(1.0, unit + length)
-    square = length * length
-    # f stretches by 1 / (unit + length) along v and by `factor` across it; both are 1 / unit at 0.
-    known = square > 1e-30
-    radial = tl.where(known, (inverse - factor) * along / tl.where(known, square, 1.0), 0.0)
-    slope = -along * inverse / unit
-    return factor * gx + radial * x, factor * gy + radial * y, factor * gz + radial * z, slope
+def pull_back3(x, y, z, gx, gy, gz, length, inverse, factor, unit, mean):
+    """Gradient of f(v / mean) with respect to v for the cotangent g; `unit` is 1 / mean."""
+    # f stretches by 1 / (mean + length) along v and by `factor` across it; both are 1 / mean at 0.
+    factor = tl.where(length < _SHORT, unit, factor)
+    ux, uy, uz = x * inverse, y * inverse, z * inverse
+    radial = (reciprocal(mean + length) - factor) * (ux * gx + uy * gy + uz * gz)
+    return factor * gx + radial * ux, factor * gy + radial * uy, factor * gz + radial * uz
 
 
 @triton.jit
@@ -144,5 +192,5 @@ def binary_cross_entropy(logit, seen):
     """Loss and its gradient with respect to the logit; `seen` is 0 or 1."""
     small = exp(-tl.abs(logit))
     value = tl.maximum(logit, 0.0) - logit * seen + log1p(small)
-    probability = tl.div_rn(tl.where(logit >= 0, 1.0, small), 1.0 + small)
+    probability = tl.where(logit >= 0, 1.0, small) * reciprocal(1.0 + small)
     return value + (logit - logit), probability - seen + (logit - logit)

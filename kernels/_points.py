@@ -129,12 +129,6 @@ def sum_columns(partials, count, NUMBER: tl.constexpr, WIDTH: tl.constexpr, BLOC
 
 
 @triton.jit
-def component(vector, index, place: tl.constexpr):
-    """The element of a vector whose index is `place`."""
-    return tl.sum(tl.where(index == place, vector, 0.0))
-
-
-@triton.jit
 def store_sums3(partials, count, a, b, c):
     """Write the sums of three blocks into three neighbouring columns of `count` partial sums."""
     tl.store(partials, tl.sum(a))

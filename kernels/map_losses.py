@@ -32,24 +32,39 @@ from .aot import AotCase
 
 
 class Config(NamedTuple):
-    """Launch configuration of a pass: pixels a step, warps, steps a program."""
+    """Launch configuration of a pass.
+
+    Pixels a step, warps, steps a program; steps whose loads are under way at once (2 and more: through shared memory);
+    registers a thread at most; whether vectors of three are stored tiled.
+    """
 
     block: int
     warps: int
     iterations: int
+    stages: int = 1
+    registers: int | None = None
+    tile: bool = False
 
     def chunks(self, pixels: int) -> int:
         """Programs a row."""
         return triton.cdiv(pixels, self.block * self.iterations)
 
+    def shape(self) -> dict[str, Any]:
+        """Compile-time arguments of the pass."""
+        return {"BLOCK": self.block, "ITERATIONS": self.iterations, "STAGES": self.stages}
 
-# Not swept yet (forward at 22 % of the copy bandwidth). One pixel a thread: the losses take 80 registers so (121 with
-# confidence and robust loss), and 102 (128 and spills) with two. As in unproject, 4,096 pixels a program spread its
-# reductions' shuffles; the pass that only writes takes few, so that the last programs of a launch do not wait for long.
-DISTANCES = Config(block=128, warps=4, iterations=32)
-LOSSES = Config(block=128, warps=4, iterations=32)
+    def options(self) -> dict[str, Any]:
+        """Options of its compilation."""
+        return {"num_warps": self.warps, "maxnreg": self.registers}
+
+
+# One pixel a thread: two would take twice the registers (72 of the losses), and half the warps. 1,024 pixels a program
+# leave few programs for the last round of a launch (7.5 rounds of losses at 41 views of 518x336) and spread the nine
+# reductions, some 300 instructions a warp, over eight steps. Predicted, not swept: `kernels/notes/map_losses.md`.
+DISTANCES = Config(block=128, warps=4, iterations=8)
+LOSSES = Config(block=128, warps=4, iterations=8)
 BACKWARD = Config(block=128, warps=4, iterations=4)
-_FINISH_BLOCK, _FINISH_WARPS = 128, 4  # sixteen columns at once are 32 registers a thread in float64
+_FINISH_BLOCK, _FINISH_WARPS = 1024, 8  # seven thousand partial sums a column: seven steps
 
 
 def _contiguous(maps: PredictedMaps, targets: TargetMaps) -> tuple[PredictedMaps, TargetMaps]:
@@ -76,6 +91,8 @@ def forward(
     conf_alpha: float,
     robust_alpha: float,
     robust_scale: float,
+    distances: Config | None = None,
+    losses: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launch the forward passes.
 
@@ -84,11 +101,13 @@ def forward(
         dynamic_weight: of moving pixels in the flow's loss.
         conf_alpha: of the confidence's logarithm.
         robust_alpha, robust_scale: of the robust loss; 0 for norms.
+        distances, losses: launch configurations of the two passes; the module's own by default.
 
     Returns:
         Terms [B, 5], the prediction's and the target's mean distance [B], counts [B, 5], and the slopes of the depth's,
         points' and flow's loss with respect to the prediction's mean distance [B, 3].
     """
+    distances, losses = distances or DISTANCES, losses or LOSSES
     views, batch, height, width = maps.pts3d.shape[:4]
     pixels, device = height * width, maps.pts3d.device
     if views * pixels == 0 or batch == 0:
@@ -100,28 +119,28 @@ def forward(
     pred_distance, distance = torch.empty(batch, device=device), torch.empty(batch, device=device)
     counts = torch.empty((batch, TERMS.value), dtype=torch.int64, device=device)
 
-    chunks = DISTANCES.chunks(pixels)
+    chunks = distances.chunks(pixels)
     partials = torch.empty((batch, DISTANCE_SUMS.value, views * chunks), device=device)
     flags = targets.has_rays, targets.has_poses
     distances_kernel[(views * batch * chunks,)](
         maps.pts3d, maps.depth_along_ray, targets.ray_directions, targets.depth_along_ray, targets.camera_poses,
         targets.depth_mask, *flags, partials, views, batch, pixels, chunks,
-        BLOCK=DISTANCES.block, ITERATIONS=DISTANCES.iterations, num_warps=DISTANCES.warps,
+        **distances.shape(), **distances.options(),
     )  # fmt: skip
-    finish_distances_kernel[(batch,)](
+    finish_distances_kernel[(batch, 2)](
         partials, *flags, pred_distance, distance, counts, views, chunks,
         HAS_DEPTH=maps.depth_along_ray is not None, BLOCK=_FINISH_BLOCK, num_warps=_FINISH_WARPS,
     )  # fmt: skip
 
-    chunks = LOSSES.chunks(pixels)
+    chunks = losses.chunks(pixels)
     partials = torch.empty((batch, LOSS_SUMS.value, views * chunks), device=device)
     predicted, true = _common(maps, targets)
     losses_kernel[(views * batch * chunks,)](
         *predicted, *true, pred_distance, distance, counts, partials, views, batch, pixels, chunks,
         dynamic_weight, conf_alpha, robust_alpha, robust_scale,
-        ROBUST=robust_scale > 0, BLOCK=LOSSES.block, ITERATIONS=LOSSES.iterations, num_warps=LOSSES.warps,
+        ROBUST=robust_scale > 0, **losses.shape(), **losses.options(),
     )  # fmt: skip
-    finish_losses_kernel[(batch,)](
+    finish_losses_kernel[(batch, TERMS.value + 3)](
         partials, targets.has_rays, targets.has_surface, counts, terms, slopes, views, pixels, chunks,
         HAS_RAYS=maps.ray_directions is not None, HAS_LOGITS=maps.mask_logits is not None,
         BLOCK=_FINISH_BLOCK, num_warps=_FINISH_WARPS,
@@ -143,6 +162,7 @@ def backward(
     conf_alpha: float,
     robust_alpha: float,
     robust_scale: float,
+    config: Config | None = None,
 ) -> tuple[Tensor, ...]:
     """Launch the backward pass.
 
@@ -153,10 +173,12 @@ def backward(
         grad_pred_distance: [B] cotangents.
         needed: which maps want a gradient, in the order of `PredictedMaps`.
         dynamic_weight, conf_alpha, robust_alpha, robust_scale: as in the forward pass.
+        config: launch configuration; the module's own by default.
 
     Returns:
         A gradient for every map, contiguous in its dtype; an empty tensor for each that is not needed.
     """
+    config = config or BACKWARD
     views, batch, height, width = maps.pts3d.shape[:4]
     pixels, device = height * width, maps.pts3d.device
     grads = [
@@ -169,13 +191,13 @@ def backward(
     if maps.pts3d.numel() == 0 or all(out is None for out in outputs):
         return tuple(grads)
     maps, targets = _contiguous(maps, targets)
-    chunks = BACKWARD.chunks(pixels)
+    chunks = config.chunks(pixels)
     predicted, true = _common(maps, targets)
     backward_kernel[(views * batch * chunks,)](
         *predicted, *true, pred_distance, distance, counts, slopes, grad_terms.contiguous(),
         grad_pred_distance.contiguous(), *outputs, views, batch, pixels, chunks,
         dynamic_weight, conf_alpha, robust_alpha, robust_scale,
-        ROBUST=robust_scale > 0, BLOCK=BACKWARD.block, ITERATIONS=BACKWARD.iterations, num_warps=BACKWARD.warps,
+        ROBUST=robust_scale > 0, TILE=config.tile, **config.shape(), **config.options(),
     )  # fmt: skip
     return tuple(grads)
 
@@ -201,25 +223,28 @@ def aot_cases() -> list[AotCase]:
     """Every production configuration: predictions in 16 or 32 bit, with and without confidence, norms and robust."""
     cases = []
 
-    def add(name: str, kernel: Any, kind: str, constants: dict[str, Any], warps: int) -> None:
+    def add(name: str, kernel: Any, kind: str, constants: dict[str, Any], options: dict[str, Any]) -> None:
         names = [arg for arg in kernel.arg_names if not arg.isupper() and arg not in constants]
         types = {arg: _type(arg, kind) for arg in names}
         aligned = tuple(arg for arg, kind_of in types.items() if kind_of.startswith("*"))
-        cases.append(AotCase(f"map_losses {name} {kind}", kernel, types, constants, aligned, {"num_warps": warps}))
+        cases.append(AotCase(f"map_losses {name} {kind}", kernel, types, constants, aligned, options))
 
-    def tile(config: Config) -> dict[str, Any]:
-        return {"BLOCK": config.block, "ITERATIONS": config.iterations}
-
+    passes: tuple[tuple[str, Any, Config, dict[str, Any]], ...] = (
+        ("losses", losses_kernel, LOSSES, {}),
+        ("backward", backward_kernel, BACKWARD, {"TILE": BACKWARD.tile}),
+    )
     for kind in ("fp16", "bf16", "fp32"):
-        add("distances", distances_kernel, kind, tile(DISTANCES), DISTANCES.warps)
+        add("distances", distances_kernel, kind, DISTANCES.shape(), DISTANCES.options())
         for name, robust, absent in (
             ("plain", False, ("conf", "out_conf")),
+            ("confidence", False, ()),
             ("confidence robust", True, ()),
         ):
-            for step, kernel, config in (("losses", losses_kernel, LOSSES), ("backward", backward_kernel, BACKWARD)):
+            for step, kernel, config, more in passes:
                 nothing = {arg: None for arg in absent if arg in kernel.arg_names}
-                add(f"{step} {name}", kernel, kind, {**nothing, "ROBUST": robust, **tile(config)}, config.warps)
-    finish = {"BLOCK": _FINISH_BLOCK}
-    add("finish distances", finish_distances_kernel, "fp32", {"HAS_DEPTH": True, **finish}, _FINISH_WARPS)
-    add("finish losses", finish_losses_kernel, "fp32", {"HAS_RAYS": True, "HAS_LOGITS": True, **finish}, _FINISH_WARPS)
+                constants = {**nothing, "ROBUST": robust, **config.shape(), **more}
+                add(f"{step} {name}", kernel, kind, constants, config.options())
+    finish, warps = {"BLOCK": _FINISH_BLOCK}, {"num_warps": _FINISH_WARPS}
+    add("finish distances", finish_distances_kernel, "fp32", {"HAS_DEPTH": True, **finish}, warps)
+    add("finish losses", finish_losses_kernel, "fp32", {"HAS_RAYS": True, "HAS_LOGITS": True, **finish}, warps)
     return cases

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -103,6 +104,23 @@ def test_short_and_long_vectors(size: float) -> None:
     given = targets._replace(scene_flow=size * targets.scene_flow)
     for robust in (None, ROBUST):
         check(maps._replace(scene_flow=size * maps.scene_flow, pts3d=longer), given, robust)
+
+
+@pytest.mark.parametrize("variant", [{"stages": 2}, {"tile": True}, {"stages": 2, "tile": True, "registers": 128}])
+def test_ways_to_load_and_store(variant: dict[str, Any]) -> None:
+    """Stages, tiles and registers change when bytes move, not what is computed from them."""
+    maps, targets = make(2, 2, 13, 23)
+    options = (10.0, 0.2, 0.0, 0.0)
+    ones = torch.ones(2, 5, device=DEVICE), torch.ones(2, device=DEVICE)
+    config = kernels.BACKWARD._replace(iterations=2)
+    found = []
+    for given in (config, config._replace(**variant)):
+        numbers = kernels.forward(maps, targets, *options, distances=given, losses=given)
+        grads = kernels.backward(maps, targets, *numbers[1:], *ones, (True,) * 6, *options, config=given)
+        found.append([*numbers, *grads])
+    for actual, expected in zip(*found, strict=True):
+        # The compiler may contract products and sums differently.
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())
 
 
 def test_slices_of_one_map() -> None:
