@@ -58,11 +58,13 @@ class Config(NamedTuple):
         return {"num_warps": self.warps, "maxnreg": self.registers}
 
 
-# One pixel a thread: two would take twice the registers (72 of the losses), and half the warps. 1,024 pixels a program
-# leave few programs for the last round of a launch (7.5 rounds of losses at 41 views of 518x336) and spread the nine
-# reductions, some 300 instructions a warp, over eight steps. Predicted, not swept: `kernels/notes/map_losses.md`.
-DISTANCES = Config(block=128, warps=4, iterations=8)
-LOSSES = Config(block=128, warps=4, iterations=8)
+# Swept on an H200 at 41 views of 518 x 336 (`kernels/notes/map_losses.md`). The losses' registers leave few blocks, so
+# the next step's pixels are copied to shared memory meanwhile: 184 us for 251 without. Short programs let a launch end
+# evenly, and reduce less than they read. Robust losses need about 90 registers: left alone, ptxas keeps to 80
+# for sm_80 and spills.
+DISTANCES = Config(block=256, warps=4, iterations=8, registers=80)
+LOSSES = Config(block=64, warps=2, iterations=16, stages=2)
+ROBUST_LOSSES = LOSSES._replace(registers=96)
 BACKWARD = Config(block=128, warps=4, iterations=4)
 _FINISH_BLOCK, _FINISH_WARPS = 1024, 8  # seven thousand partial sums a column: seven steps
 
@@ -107,7 +109,7 @@ def forward(
         Terms [B, 5], the prediction's and the target's mean distance [B], counts [B, 5], and the slopes of the depth's,
         points' and flow's loss with respect to the prediction's mean distance [B, 3].
     """
-    distances, losses = distances or DISTANCES, losses or LOSSES
+    distances, losses = distances or DISTANCES, losses or (ROBUST_LOSSES if robust_scale > 0 else LOSSES)
     views, batch, height, width = maps.pts3d.shape[:4]
     pixels, device = height * width, maps.pts3d.device
     if views * pixels == 0 or batch == 0:
@@ -229,9 +231,9 @@ def aot_cases() -> list[AotCase]:
         aligned = tuple(arg for arg, kind_of in types.items() if kind_of.startswith("*"))
         cases.append(AotCase(f"map_losses {name} {kind}", kernel, types, constants, aligned, options))
 
-    passes: tuple[tuple[str, Any, Config, dict[str, Any]], ...] = (
-        ("losses", losses_kernel, LOSSES, {}),
-        ("backward", backward_kernel, BACKWARD, {"TILE": BACKWARD.tile}),
+    passes: tuple[tuple[str, Any, tuple[Config, Config], dict[str, Any]], ...] = (
+        ("losses", losses_kernel, (LOSSES, ROBUST_LOSSES), {}),
+        ("backward", backward_kernel, (BACKWARD, BACKWARD), {"TILE": BACKWARD.tile}),
     )
     for kind in ("fp16", "bf16", "fp32"):
         add("distances", distances_kernel, kind, DISTANCES.shape(), DISTANCES.options())
@@ -240,7 +242,8 @@ def aot_cases() -> list[AotCase]:
             ("confidence", False, ()),
             ("confidence robust", True, ()),
         ):
-            for step, kernel, config, more in passes:
+            for step, kernel, configs, more in passes:
+                config = configs[robust]
                 nothing = {arg: None for arg in absent if arg in kernel.arg_names}
                 constants = {**nothing, "ROBUST": robust, **config.shape(), **more}
                 add(f"{step} {name}", kernel, kind, constants, config.options())
