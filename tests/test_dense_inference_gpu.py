@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from any4d_fast.modules import dense_inference
 from any4d_fast.modules.dpt import ResidualConvUnit
 from any4d_fast.ops.dense_maps import new_flag
 from any4d_fast.testing import relative_error
+from benchmarks.timing import time_ms
 from tests import tf32
 from tests.golden_cases import ALL_INPUTS, golden_views, golden_weights
 
@@ -58,18 +58,6 @@ def heads(model: Any4D, given: list[Tensor], views: int, dtype: torch.dtype | No
         return run_heads(model, given, views, GRID, step)
 
 
-def milliseconds(run: Callable[[], Any]) -> float:
-    found = []
-    for _ in range(8):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        found.append(start.elapsed_time(end))
-    return statistics.median(found[2:])
-
-
 def test_float16_is_in_force_under_autocast_only() -> None:
     given = torch.zeros(1, device="cuda")
     with torch.no_grad():
@@ -103,9 +91,7 @@ def test_float16_errs_about_as_much_as_tf32(model: Any4D) -> None:
 
 
 @pytest.mark.parametrize(("channels", "size"), [(256, (24, 37)), (32, (18, 24)), (8, (1, 1))])
-def test_units_with_cudnns_activation_are_those_without(
-    channels: int, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_units_with_cudnns_activation_are_those_without(channels: int, size: tuple[int, int]) -> None:
     """The same sums, of which the hidden map's are rounded once instead of twice; both raise the flag."""
     torch.manual_seed(0)
     unit = ResidualConvUnit(channels).cuda()
@@ -113,12 +99,10 @@ def test_units_with_cudnns_activation_are_those_without(
 
     def refined(x: Tensor, fused: bool) -> tuple[Tensor, bool]:
         flag = new_flag(x.device)
-        with torch.no_grad(), monkeypatch.context() as patch:
+        with torch.no_grad():
             assert dense_inference.fuses_activation(x)
-            if not fused:
-                patch.setattr(dense_inference, "fuses_activation", lambda x: False)
             weights = dense_inference._unit(unit, torch.float16)
-            return dense_inference._refine(x, x.relu(), weights, flag)[0], bool(flag)
+            return dense_inference._refine(x, x.relu(), weights, flag, fused)[0], bool(flag)
 
     with torch.no_grad():
         exact = unit.double()(x.double().permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -185,7 +169,7 @@ def test_tokenizers_in_float16_are_as_close_as_in_tf32_and_faster(model: Any4D) 
         exact = module(x)
         torch.backends.cudnn.allow_tf32 = True
         wide, narrow = module(x), module(x, torch.float16, flag)
-        times = [milliseconds(lambda: module(x)), milliseconds(lambda: module(x, torch.float16, flag))]
+        times = [time_ms(lambda: module(x))[0], time_ms(lambda: module(x, torch.float16, flag))[0]]
     errors = relative_error(narrow, exact), relative_error(wide, exact)
     print(f"float16 {errors[0]:.1e}, TF32 {errors[1]:.1e}; TF32 {times[0]:.3f} ms, float16 {times[1]:.3f} ms")
     assert not flag.item()
@@ -227,7 +211,7 @@ def test_heads_side_by_side_are_the_heads_one_after_the_other(model: Any4D, monk
         for _ in range(20):
             run()
         assert torch.cuda.memory_reserved() == reserved
-        print(f"{limit} patches side by side: {milliseconds(run):.3f} ms")
+        print(f"{limit} patches side by side: {time_ms(run)[0]:.3f} ms")
 
 
 def test_outputs_move_to_pinned_memory(model: Any4D) -> None:

@@ -195,23 +195,26 @@ def fuses_activation(x: Tensor) -> bool:
     return device and plain and x.dtype == torch.float16 and x.shape[3] % 8 == 0 and x.numel() > 0
 
 
-def _activated(x: Tensor, conv: Conv, flag: Tensor) -> Tensor:
+def _activated(x: Tensor, conv: Conv, flag: Tensor, fuse: bool) -> Tensor:
     """ReLU of a 3x3 convolution with its bias, of finite values.
 
-    Where cuDNN does it in one kernel nothing is checked here: what is too large becomes infinity, which the next
-    convolution's products carry on to its own check (0 x infinity is NaN), and what is too small is rightly zero.
+    Where cuDNN does it in one kernel, if `fuse` says that it may, nothing is checked here: what is too large becomes
+    infinity, which the next convolution's products carry on to its own check (0 x infinity is NaN), and what is too
+    small is rightly zero.
     """
-    if conv.bias is not None and fuses_activation(x):
+    if fuse and conv.bias is not None and fuses_activation(x):
         one = (1, 1)
         out = torch.cudnn_convolution_relu(x.permute(0, 3, 1, 2), conv.weight, conv.bias, one, one, one, 1)
         return out.permute(0, 2, 3, 1).contiguous()
     return dense_maps.finish(convolve(x, conv), conv.bias, flag, out=False, relu=True)[1]
 
 
-def _refine(x: Tensor, positive: Tensor, unit: tuple[Conv, Conv], flag: Tensor, **finish: Any) -> tuple[Tensor, Tensor]:
+def _refine(
+    x: Tensor, positive: Tensor, unit: tuple[Conv, Conv], flag: Tensor, fuse: bool, **finish: Any
+) -> tuple[Tensor, Tensor]:
     """Residual unit on a map and its ReLU; `finish` says what else is added, and whether its ReLU is wanted."""
     first, second = unit
-    hidden = _activated(positive, first, flag)
+    hidden = _activated(positive, first, flag, fuse)
     return dense_maps.finish(convolve(hidden, second), second.bias, flag, residual=x, **finish)
 
 
@@ -229,6 +232,7 @@ def features(
     flag: Tensor,
     levels: Sequence[int] = (*COARSE_LEVELS, *FINEST_LEVEL),
     coarse: Tensor | None = None,
+    fuse: bool = True,
 ) -> Tensor:
     """Fuse [N, h, w, C_i] token maps from coarse to fine, in the maps' dtype: `DPTFeatures.forward` with all levels.
 
@@ -240,6 +244,8 @@ def features(
         flag: [1] int32.
         levels: which of them to add, from coarse to fine.
         coarse: what coarser levels gave, [N, h', w', feature_dim].
+        fuse: whether a convolution's own kernel may take its bias and ReLU, and so round once. Not in a pass that is to
+            be computed again with gradients: it would not be the same bits.
 
     Returns:
         [N, 8h, 8w, feature_dim] after the finest level, else what the next finer one takes as `coarse`.
@@ -251,8 +257,8 @@ def features(
         )
         positive = _positive(layer, flag)
         if fusion.first is not None:
-            layer, positive = _refine(layer, positive, fusion.first, flag, coarse=coarse, relu=True)
-        refined = _refine(layer, positive, fusion.second, flag)[0]
+            layer, positive = _refine(layer, positive, fusion.first, flag, fuse, coarse=coarse, relu=True)
+        refined = _refine(layer, positive, fusion.second, flag, fuse)[0]
         coarse = F.linear(refined, fusion.project.weight, fusion.project.bias)
         del layer, positive, refined  # the next level is four times as large
     assert coarse is not None

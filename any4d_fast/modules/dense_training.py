@@ -76,7 +76,7 @@ class _Head(nn.Module):
         """[N, C_i, h, w] maps in the dtype to compute in -> [N, H, W, output_dim] float32."""
         dtype = maps[0].dtype
         weights = pack_features(self.features, dtype)
-        x = run_features(self.features, weights, [m.permute(0, 2, 3, 1) for m in maps], flag)
+        x = run_features(self.features, weights, [m.permute(0, 2, 3, 1) for m in maps], flag, fuse=False)
         hidden = hidden_map(pack_conv(self.regressor.conv1, dtype), x, flag)
         return self.regressor.enlarge(hidden.permute(0, 3, 1, 2), size, torch.float32)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from any4d_fast import head_precision
 from any4d_fast.config import DenseHeadConfig
 from any4d_fast.head_precision import never_wait, training_dtype, use_head_dtype
-from any4d_fast.modules import dense_training
+from any4d_fast.modules import dense_inference, dense_training
 from any4d_fast.modules.dense_training import LARGEST, LARGEST_SUM, dense_head, plain_head, scale
 from any4d_fast.modules.dpt import DPTFeatures, DPTRegressor
 from any4d_fast.testing import relative_error
@@ -161,6 +161,19 @@ def test_images_in_parts(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> No
         again_out, again = narrow(ours, given, grad)
         assert torch.equal(again_out, out)
         assert all(torch.equal(found, other) for found, other in zip(again, gradients, strict=True))
+
+
+def test_no_pass_of_a_training_takes_inferences_shorter_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They round once where the recomputed pass rounds twice: its gradients would be those of another forward pass."""
+
+    def asked(x: Tensor) -> bool:
+        raise AssertionError("a pass without gradients asked whether cuDNN takes its activation")
+
+    monkeypatch.setattr(dense_inference, "fuses_activation", asked)
+    ours = head()
+    for module in ours.children():
+        module.checkpoint_gradient = True  # type: ignore[assignment]
+    narrow(ours, maps(), cotangent())
 
 
 def test_recomputing_keeps_only_what_it_is_given() -> None:
