@@ -21,10 +21,11 @@ MAX_VECTORS = 4
 WARPS = 4
 """One row of 1,024 float32 is 32 bytes a thread for each map: two full vector loads."""
 
-FORWARD_CHUNKS, FORWARD_STAGES = ((16_384, 12), (2_048, 4), (0, 1)), 2
-"""(at least so many tokens, tokens a program), and tokens in flight, of the forward pass. What all tokens of a chunk
-share is read once: for every one it was 24 KB from the L2 beside the 20 KB of its maps. The next token's maps are
-copied to shared memory meanwhile: 96 % of the copy bandwidth for 91 (three maps, H200)."""
+FORWARD_CHUNKS, FORWARD_STAGES = ((16_384, 12, 7), (2_048, 4, 4), (0, 1, 1)), 2
+"""(at least so many tokens, tokens a program with maps, and with images alone), and tokens in flight, of the forward
+pass. What all tokens of a chunk share is read once: for every one it was 24 KB from the L2 beside the 20 KB of its
+maps. The next token's maps are copied to shared memory meanwhile: 96 % of the copy bandwidth for 91 (three maps, H200).
+With images alone nine programs are resident for five, and chunks of 12 tokens make two waves and a half."""
 
 BACKWARD_PROGRAMS, BACKWARD_CHUNK = 792, (4, 128)
 """Programs of the backward pass, one wave of an H200 (six on a multiprocessor), and the least and most tokens of each.
@@ -263,7 +264,7 @@ def fuse_tokens_forward(
         if scale_token is not None:
             out[:, -1] = scale_token
         return out, mean, rstd, total
-    chunk = chunk or next(length for least, length in FORWARD_CHUNKS if rows >= least)
+    chunk = chunk or next(maps if dense else alone for least, maps, alone in FORWARD_CHUNKS if rows >= least)
     chunks = triton.cdiv(tokens, chunk)
     image = _rows_contiguous(image_tokens)
     with torch.cuda.device_of(image):
