@@ -285,7 +285,7 @@ def backward_kernel(
     has_rays, has_poses, has_surface, pred_distance, distance, counts, slopes, grad_terms, grad_pred_distance,
     out_points, out_flow, out_depth, out_rays, out_logits, out_conf,
     views, batch, pixels, chunks, dynamic_weight, conf_alpha, alpha, scale,
-    ROBUST: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, ITERATIONS: tl.constexpr, STAGES: tl.constexpr,
+    ROBUST: tl.constexpr, BLOCK: tl.constexpr, ITERATIONS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Every map's gradient; zero where there is nothing to learn from."""
     view, sample, chunk, first, gt_first, gt_row, left = _place(chunks, batch, views, pixels, BLOCK * ITERATIONS)
@@ -356,7 +356,7 @@ def backward_kernel(
         if out_rays is not None:
             value, a, b, c = penalty_l1(sx - rx, sy - ry, sz - rz, alpha, scale, ROBUST)
             a, b, c = rays_share * a, rays_share * b, rays_share * c
-            store3(out_rays + first * 3, pixel, 3, 1, a, b, c, inside, TILE)
+            store3(out_rays + first * 3, pixel, 3, 1, a, b, c, inside, False)
         if out_depth is not None:
             residual = squash1(d, unit, unit_rest) - squash1(gd, gt_unit, gt_rest)
             value, g = penalty1(residual, alpha, scale, ROBUST)
@@ -381,14 +381,14 @@ def backward_kernel(
                 a = tl.where(here, a + outward * px, 0.0)
                 b = tl.where(here, b + outward * py, 0.0)
                 c = tl.where(here, c + outward * pz, 0.0)
-                store3(out_points + first * 3, pixel, 3, 1, a, b, c, inside, TILE)
+                store3(out_points + first * 3, pixel, 3, 1, a, b, c, inside, False)
         if out_flow is not None:
             value, a, b, c, length, inverse, factor = compare3(
                 fx, fy, fz, hx, hy, hz, unit, unit_rest, gt_unit, gt_rest, alpha, scale, ROBUST
             )
             g = tl.where(dynamic != 0, dynamic_weight, 1.0) * flow_share
             a, b, c = pull_back3(fx, fy, fz, g * a, g * b, g * c, length, inverse, factor, unit, mean)
-            store3(out_flow + first * 3, pixel, 3, 1, a, b, c, inside, TILE)
+            store3(out_flow + first * 3, pixel, 3, 1, a, b, c, inside, False)
         if out_logits is not None:
             value, g = binary_cross_entropy(logit, seen)
             grad = tl.where(asked, mask_share * g, 0.0).to(out_logits.dtype.element_ty)

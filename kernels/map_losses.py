@@ -35,7 +35,7 @@ class Config(NamedTuple):
     """Launch configuration of a pass.
 
     Pixels a step, warps, steps a program; steps whose loads are under way at once (2 and more: through shared memory);
-    registers a thread at most; whether vectors of three are stored tiled.
+    registers a thread at most.
     """
 
     block: int
@@ -43,7 +43,6 @@ class Config(NamedTuple):
     iterations: int
     stages: int = 1
     registers: int | None = None
-    tile: bool = False
 
     def chunks(self, pixels: int) -> int:
         """Programs a row."""
@@ -199,7 +198,7 @@ def backward(
         *predicted, *true, pred_distance, distance, counts, slopes, grad_terms.contiguous(),
         grad_pred_distance.contiguous(), *outputs, views, batch, pixels, chunks,
         dynamic_weight, conf_alpha, robust_alpha, robust_scale,
-        ROBUST=robust_scale > 0, TILE=config.tile, **config.shape(), **config.options(),
+        ROBUST=robust_scale > 0, **config.shape(), **config.options(),
     )  # fmt: skip
     return tuple(grads)
 
@@ -231,9 +230,9 @@ def aot_cases() -> list[AotCase]:
         aligned = tuple(arg for arg, kind_of in types.items() if kind_of.startswith("*"))
         cases.append(AotCase(f"map_losses {name} {kind}", kernel, types, constants, aligned, options))
 
-    passes: tuple[tuple[str, Any, tuple[Config, Config], dict[str, Any]], ...] = (
-        ("losses", losses_kernel, (LOSSES, ROBUST_LOSSES), {}),
-        ("backward", backward_kernel, (BACKWARD, BACKWARD), {"TILE": BACKWARD.tile}),
+    passes: tuple[tuple[str, Any, tuple[Config, Config]], ...] = (
+        ("losses", losses_kernel, (LOSSES, ROBUST_LOSSES)),
+        ("backward", backward_kernel, (BACKWARD, BACKWARD)),
     )
     for kind in ("fp16", "bf16", "fp32"):
         add("distances", distances_kernel, kind, DISTANCES.shape(), DISTANCES.options())
@@ -242,10 +241,10 @@ def aot_cases() -> list[AotCase]:
             ("confidence", False, ()),
             ("confidence robust", True, ()),
         ):
-            for step, kernel, configs, more in passes:
+            for step, kernel, configs in passes:
                 config = configs[robust]
                 nothing = {arg: None for arg in absent if arg in kernel.arg_names}
-                constants = {**nothing, "ROBUST": robust, **config.shape(), **more}
+                constants = {**nothing, "ROBUST": robust, **config.shape()}
                 add(f"{step} {name}", kernel, kind, constants, config.options())
     finish, warps = {"BLOCK": _FINISH_BLOCK}, {"num_warps": _FINISH_WARPS}
     add("finish distances", finish_distances_kernel, "fp32", {"HAS_DEPTH": True, **finish}, warps)

@@ -106,9 +106,9 @@ def test_short_and_long_vectors(size: float) -> None:
         check(maps._replace(scene_flow=size * maps.scene_flow, pts3d=longer), given, robust)
 
 
-@pytest.mark.parametrize("variant", [{"stages": 2}, {"tile": True}, {"stages": 2, "tile": True, "registers": 128}])
+@pytest.mark.parametrize("variant", [{"stages": 2}, {"stages": 3, "registers": 128}])
 def test_ways_to_load_and_store(variant: dict[str, Any]) -> None:
-    """Stages, tiles and registers change when bytes move, not what is computed from them."""
+    """Stages and registers change when bytes move, not what is computed from them."""
     maps, targets = make(2, 2, 13, 23)
     options = (10.0, 0.2, 0.0, 0.0)
     ones = torch.ones(2, 5, device=DEVICE), torch.ones(2, device=DEVICE)
