@@ -106,6 +106,7 @@ def test_an_optimizer_made_before_goes_on() -> None:
 
 def test_copies_and_pickles() -> None:
     model = pair("dinov2").ours if _oracles() else transformer()
+    accelerate(model)  # does nothing to what is accelerated
     x = torch.randn(1, 3, 28, 42) if _oracles() else tokens()
     expected = model(x)
     twins = [copy.deepcopy(model)]
