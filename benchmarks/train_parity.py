@@ -72,19 +72,17 @@ def smooth(curve: Curve) -> Curve:
     return np.convolve(curve, np.ones(width) / width, mode="valid")
 
 
-def summary(curves: dict[str, Curve]) -> dict[str, float]:
-    """Distances between smoothed curves as shares of the reference's, and whether fused lies within the references'."""
+def distances(curves: dict[str, Curve]) -> dict[str, Curve]:
+    """By run, how far its smoothed curve is from the reference's, as a share of that."""
     base = smooth(curves["reference"])
-    others = [smooth(c) for name, c in curves.items() if name.startswith("reference") and name != "reference"]
-    distances = [np.abs(other - base) / base for other in others]
-    fused = np.abs(smooth(curves["fused"]) - base) / base
-    return {
-        "mean distance of fused from reference": float(fused.mean()),
-        "mean distance of references": float(np.mean([d.mean() for d in distances])),
-        "largest mean distance of references": float(np.max([d.mean() for d in distances])),
-        "largest distance of fused from reference": float(fused.max()),
-        "largest distance of references": float(np.max([d.max() for d in distances])),
-    }
+    return {name: np.abs(smooth(curve) - base) / base for name, curve in curves.items() if name != "reference"}
+
+
+def mean_distances(curves: dict[str, Curve]) -> tuple[list[float], list[float]]:
+    """The means of `distances`: of the fused runs, and of the references that add in other orders."""
+    means = {name: float(distance.mean()) for name, distance in distances(curves).items()}
+    fused = [mean for name, mean in means.items() if name.startswith("fused")]
+    return fused, [mean for name, mean in means.items() if not name.startswith("fused")]
 
 
 def write(curves: dict[str, Curve], folder: Path) -> None:
@@ -155,10 +153,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{name}: {curves[name][-min(SMOOTH, options.steps) :].mean():.4f} at the end", flush=True)
     write(curves, folder)
     plot(curves, folder)
-    found = summary(curves)
-    for name, value in found.items():
-        print(f"{name}: {100 * value:.3f} %")
-    within = found["mean distance of fused from reference"] <= found["largest mean distance of references"]
+    for name, distance in distances(curves).items():
+        print(f"{name}: {100 * distance.mean():.3f} % from the reference, {100 * distance.max():.3f} % at most")
+    fused, references = mean_distances(curves)
+    within = max(fused) <= max(references)
     print("fused lies within the references' spread" if within else "fused lies OUTSIDE the references' spread")
     return 0 if within else 1
 

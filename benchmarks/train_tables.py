@@ -148,16 +148,16 @@ def parity_sentence(path: Path) -> str:
         ValueError: the file lacks a run.
     """
     # The trainer's modules are of no use to the other tables.
-    from .train_parity import SMOOTH, read, summary
+    from .train_parity import SMOOTH, mean_distances, read
 
     curves = read(path)
-    found = {name: f"{100 * value:.2g} %" for name, value in summary(curves).items()}
+    fused, others = (" and ".join(f"{100 * mean:.2g} %" for mean in sorted(means)) for means in mean_distances(curves))
     context = "; ".join(_values(read_table(path), "device", "torch", "commit", "date"))
     return (
-        f"Over {len(curves['reference'])} training steps on the same seed and clips the loss with the fused operators "
-        f"(mean of {SMOOTH} steps) lies {found['mean distance of fused from reference']} from that of plain PyTorch on "
-        f"average; runs of plain PyTorch that only add the clips of a batch in another order lie "
-        f"{found['mean distance of references']} from it ({context})."
+        f"Over {len(curves['reference'])} training steps on the same seed and clips the losses with the fused "
+        f"operators (means of {SMOOTH} steps) lie {fused} from those of plain PyTorch on average (clips of a batch in "
+        f"two orders); runs of plain PyTorch that only add the clips of a batch in other orders lie {others} from them "
+        f"({context})."
     )
 
 

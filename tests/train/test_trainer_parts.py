@@ -314,10 +314,10 @@ def test_zero_flow_is_the_baseline(batch: Batch) -> None:
 
 def test_distance_of_training_curves() -> None:
     base = np.linspace(2.0, 1.0, 20)
-    order = "reference, opposite order"
-    found = train_parity.summary({"fused": base * 1.01, "reference": base, order: base * 0.98})
-    assert found["mean distance of fused from reference"] == pytest.approx(0.01)
-    assert found["largest mean distance of references"] == pytest.approx(0.02)
+    curves = {"fused": base * 1.01, "reference": base, "reference, opposite order": base * 0.98}
+    fused, references = train_parity.mean_distances(curves)
+    assert fused == pytest.approx([0.01]) and references == pytest.approx([0.02])
+    assert all(curve == pytest.approx(curve[0]) for curve in train_parity.distances(curves).values())
 
 
 def test_reordered_clips(batch: Batch) -> None:
