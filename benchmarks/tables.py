@@ -257,19 +257,20 @@ def model_notes(rows: Iterable[Row]) -> str:
 
 
 def section(rows: list[Row], charts: Sequence[Path], readme: Path, more: Sequence[str] = ()) -> str:
-    """What README says about one GPU; `more` stands between the model's tables and the charts."""
+    """What README says about one GPU: the model, `more`, the operators, the charts."""
     copy, matmul = ceiling(rows, "copy", "tbps"), ceiling(rows, "matmul", "tflops")
     about = f"{_where(rows)}. Ceilings in the same run: copy {number(copy)} TB/s, matmul {number(matmul)} TFLOP/s."
     parts = [about]
-    if op_rows(rows):
-        parts += [op_table(rows), *op_notes(rows)]
     if model_rows(rows):
         parts += [model_notes(rows), model_table(rows)]
     if _output_rows(rows):
         names = " / ".join(accuracy_columns(rows).values())
         parts.append(f"Relative error per output against the model in float32, {names}:")
         parts.append(accuracy_table(rows))
-    parts += [*more, *(picture(chart, readme) for chart in charts)]
+    parts += more
+    if op_rows(rows):
+        parts += ["The operators, one by one:", op_table(rows), *op_notes(rows)]
+    parts += [picture(chart, readme) for chart in charts]
     return "\n\n".join(parts)
 
 
