@@ -4,10 +4,15 @@ Imported before any kernel when TRITON_INTERPRET=1 and never otherwise. In trito
 multiplies the raw bits of bfloat16 operands in `tl.dot`, truncates float32 to bfloat16 where GPUs round to nearest
 even, misrounds e4m3's subnormal numbers and wraps around beyond its largest where GPUs saturate, and asks for a driver
 in `@triton.autotune`; 3.6 also takes `int()` of one-element arrays, forbidden in numpy 2.4.
+
+A third of its time goes into repetitions that change nothing: all of the language is walked and patched anew for each
+call of a device function, and types are described anew for each value. They are done once here.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,7 +23,11 @@ from triton.runtime.autotuner import Autotuner
 
 _convert_float = interpreter._convert_float
 _create_dot = interpreter.InterpreterBuilder.create_dot
+_get_np_dtype = interpreter._get_np_dtype
+_patch_lang = interpreter._patch_lang
 _patch_lang_tensor = interpreter._patch_lang_tensor
+_type_for_tuple_values = tl.core._type_for_tuple_values
+_numpy_types: dict[str, Any] = {}
 
 
 def _rounding_convert(x: Any, source: Any, target: Any, rounding: Any) -> Any:
@@ -54,9 +63,42 @@ def _indexable(tensor: Any, *scope: Any) -> None:
     tensor.__index__ = lambda self: int(np.asarray(self.handle.data).reshape(()))
 
 
+def _patch_lang_once(function: Callable[..., Any]) -> Any:
+    """What is patched already, by the launch around this call, stays so until that launch restores it."""
+    seen = [value for value in function.__globals__.values() if value is tl or value is tl.core]
+    if seen and not any(tl.core.is_builtin(language.load) for language in seen):
+        return interpreter._LangPatchScope()
+    return _patch_lang(function)
+
+
+def _numpy_type(kind: Any) -> Any:
+    scalar = kind.scalar
+    found = _numpy_types.get(scalar.name)
+    if found is None:
+        found = _numpy_types[scalar.name] = _get_np_dtype(scalar)
+    return found
+
+
+@functools.cache
+def _type_of_sizes(*sizes: int) -> Any:
+    return _type_for_tuple_values(sizes)
+
+
+def _tuple_type(values: Any, fields: Any = None) -> Any:
+    """The type of a tuple; every tensor has two, of its sizes, as numbers and as constants."""
+    if fields is None:
+        sizes = [v.value if type(v) is tl.constexpr else v for v in values]
+        if all(type(size) is int for size in sizes):
+            return _type_of_sizes(*sizes)
+    return _type_for_tuple_values(values, fields)
+
+
 def install() -> None:
     """Patch the interpreter; call once, before kernels are decorated."""
     interpreter._convert_float = _rounding_convert
     interpreter.InterpreterBuilder.create_dot = _dot
     interpreter._patch_lang_tensor = _indexable
+    interpreter._patch_lang = _patch_lang_once
+    interpreter._get_np_dtype = _numpy_type
+    tl.core._type_for_tuple_values = _tuple_type
     Autotuner._bench = _first_config

@@ -51,6 +51,9 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
         ("unshuffle_conv", "WIDTH", 16),
         ("linear", "WIDTHS", (32, 48)),
         ("linear_gelu", "WIDTHS", (32, 48)),
+        ("linear_fp8", "LAYERS", {"qkv": (32, 48, False), "fc1": (48, 64, True)}),
+        ("dense_maps", "VIEWS", 2),
+        ("dense_maps", "CHANNELS", 32),
         ("resize_bilinear", "CHANNELS", 16),
         ("resize_conv", "CHANNELS", 32),
         ("resize_conv", "HIDDEN", 16),
@@ -240,7 +243,11 @@ def test_peers_run_at_tiny_sizes(op: str, tiny: Path) -> None:
 @pytest.mark.interpret
 @pytest.mark.skipif(not INTERPRETING, reason="needs TRITON_INTERPRET=1")
 @pytest.mark.parametrize("op", OPS)
-def test_triton_providers_run_at_tiny_sizes(op: str, tiny: Path) -> None:
+def test_triton_providers_run_at_tiny_sizes(op: str, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from any4d_fast.kernels import render_clips
+
+    # A picture is one block, since the interpreter's time is that of its blocks.
+    monkeypatch.setattr(render_clips, "CONFIG", render_clips.CONFIG._replace(block=128))
     for case in cases_of(op, TINIEST):
         if "any4d_fast:triton" in case.providers:  # attention in 8 bits exists in CUDA C++ only
             assert harness.measure(case, ["any4d_fast:triton"])[0].ms == 2.0

@@ -72,7 +72,7 @@ def check(maps: PredictedMaps, targets: TargetMaps, robust: tuple[float, float] 
 @pytest.fixture(autouse=not GPU)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several programs a row and several steps a program on small maps."""
-    for name in ("DISTANCES", "LOSSES", "BACKWARD"):
+    for name in ("DISTANCES", "LOSSES", "ROBUST_LOSSES", "BACKWARD"):
         monkeypatch.setattr(kernels, name, kernels.Config(block=128, warps=4, iterations=2))
 
 
