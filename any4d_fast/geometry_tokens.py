@@ -19,7 +19,8 @@ from .head_loop import pays_side_by_side, side_by_side
 from .modules.dpt import float32_sums
 from .modules.host_weights import resident
 from .modules.modalities import DenseInput, Modalities, ModalityReader, VectorInput
-from .modules.tokenizers import DenseTokenizer, VectorTokenizer
+from .modules.plain import plain_parts
+from .modules.tokenizers import TOKENIZER_PARTS, DenseTokenizer, VectorTokenizer
 
 if TYPE_CHECKING:
     from .model import Any4D
@@ -103,7 +104,7 @@ def tokenize_geometry(
     for tokenizer, item in maps:
         if item is None:
             continue
-        if flags is None:
+        if flags is None or not plain_parts(tokenizer, *TOKENIZER_PARTS):
             with resident(tokenizer.parameters(), item.maps.device):
                 features = tokenizer(item.maps)
         else:

@@ -16,9 +16,11 @@ from . import head_precision
 from .graph_calls import intercepted
 from .memory import GPU_FINE_IMAGES, STREAM, balanced, head_chunk
 from .modules import factors
-from .modules.dense_training import dense_head, plain_head
+from .modules.dense_training import HEAD_PARTS, dense_head, plain_head
 from .modules.dpt import DPTFeatures, DPTRegressor, float32_sums, matmul_tf32, to_head_dtype, token_maps, token_rows
+from .modules.heads import POSE_PARTS
 from .modules.host_weights import head_parameters, resident
+from .modules.plain import plain_parts
 from .ops import dense_maps
 
 if TYPE_CHECKING:
@@ -65,7 +67,7 @@ def run_heads(
     """
     last = tokens[-1]
     mixed = torch.is_autocast_enabled(last.device.type)
-    dtype = head_precision.head_dtype(last, mixed)
+    dtype = dtype_of_heads(model, last)
     narrow = dtype in head_precision.NARROW
     step = minibatch_size
     if step is None:
@@ -95,6 +97,22 @@ def run_heads(
         step = max(1, min(step, GPU_FINE_IMAGES) // 2)  # all levels of a chunk at once, and maps take twice as much
     with resident(head_parameters(model), last.device):
         return loop.run(step, None, None)
+
+
+def dtype_of_heads(model: Any4D, like: Tensor) -> torch.dtype:
+    """`head_precision.head_dtype`, but float32 where a head is more than its weights: an adapter, a hook inside."""
+    dtype = head_precision.head_dtype(like, torch.is_autocast_enabled(like.device.type))
+    if dtype not in head_precision.NARROW:
+        return dtype
+    dense = (
+        model.dpt_feature_head,
+        model.dpt_regressor_head,
+        model.scene_flow_dpt_feature_head,
+        model.scene_flow_dpt_regressor_head,
+    )
+    ours = all(plain_parts(head, *HEAD_PARTS) for head in dense)
+    pose = not model.config.scene.pose_head or plain_parts(model.pose_head, *POSE_PARTS)
+    return dtype if ours and pose else torch.float32
 
 
 class _HeadLoop:

@@ -23,7 +23,7 @@ from .checkpoint import (
 from .config import Any4DConfig, ModalityConfig, preset
 from .config_upstream import Config, from_upstream, to_upstream
 from .geometry_tokens import encoded
-from .head_loop import Finish, Outputs, run_heads
+from .head_loop import Finish, Outputs, dtype_of_heads, run_heads
 from .modules import host_weights
 from .modules.block import NORM_EPS, Block
 from .modules.derived import Derived
@@ -263,7 +263,7 @@ class Any4D(nn.Module):
     ) -> list[Outputs]:
         """The call itself; `narrow_inputs` lets the dense tokenizers run in 16 bits."""
         image = views[0]["img"]
-        dtype = head_precision.head_dtype(image, torch.is_autocast_enabled(image.device.type))
+        dtype = dtype_of_heads(self, image)
         flags = None
         # Where something is drawn at random, running again would draw anew.
         if narrow_inputs and dtype in head_precision.NARROW and not self.training and graphs.decided(modalities):

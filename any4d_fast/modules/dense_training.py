@@ -28,7 +28,7 @@ from ..ops import dense_maps
 from .dense_inference import features as run_features
 from .dense_inference import hidden_map, pack_conv, pack_features
 from .dpt import DPTFeatures, DPTRegressor, FusionBlock, ResidualConvUnit, Scratch, float32_sums, matmul_tf32
-from .plain import plain, unhooked
+from .plain import plain_parts, unhooked
 
 # 48 images of 518 x 336 whose maps are kept (half as many, and a step of `tiny` on 64 images took 8 % longer for its
 # small launches); 12 of those whose maps are computed again, and are alive for so long only (with 6 the host was slower
@@ -41,8 +41,10 @@ MOST = 2.0**120  # of the factor itself, so that one over it is a float32 too: g
 
 MAPS = 4  # token maps that a head reads: the first of its function's tensors, before the parameters
 
-_LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.ReLU, nn.Sequential, nn.ModuleList)
-_BLOCKS = (DPTFeatures, DPTRegressor, FusionBlock, ResidualConvUnit, Scratch)
+HEADS = (DPTFeatures, DPTRegressor)
+HEAD_PARTS = (
+    nn.Conv2d, nn.ConvTranspose2d, nn.ReLU, nn.Sequential, nn.ModuleList, FusionBlock, ResidualConvUnit, Scratch,
+)  # fmt: skip
 
 
 class Job(NamedTuple):
@@ -91,9 +93,8 @@ class _Part(NamedTuple):
 
 def plain_head(*modules: nn.Module) -> bool:
     """Whether weights alone say what a head does: no adapter in a layer's place, no parametrization, no hook."""
-    layers = [layer for module in modules for layer in module.modules()]
-    known = all(type(layer) in (*_LAYERS, *_BLOCKS) for layer in layers) and unhooked(*layers)
-    return known and plain(*(parameter for module in modules for parameter in module.parameters()))
+    ours = all(type(module) in HEADS for module in modules) and unhooked(*modules)
+    return ours and all(plain_parts(module, *HEAD_PARTS) for module in modules)
 
 
 def dense_head(

@@ -230,8 +230,11 @@ class Derived:
 
 
 def derivable(*tensors: Tensor | None) -> bool:
-    """Whether changes of these parameters can be seen: plain tensors that count their versions."""
-    return all(t is None or (type(t) in (Tensor, nn.Parameter) and not t.is_inference()) for t in tensors)
+    """Whether changes of these can be seen: parameters that count their versions.
+
+    Tensors in a parameter's place are made anew for every call: by a parametrization, or for a replica of DataParallel.
+    """
+    return all(t is None or (type(t) is nn.Parameter and not t.is_inference()) for t in tensors)
 
 
 def caching() -> bool:

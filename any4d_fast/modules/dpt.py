@@ -15,6 +15,7 @@ from ..config import DenseHeadConfig
 from ..ops import resize_bilinear, resize_conv
 from . import dense_inference
 from .dense_inference import CastStore, FeatureWeights, RegressorWeights
+from .plain import plain_conv, unhooked
 
 
 class ResidualConvUnit(nn.Module):
@@ -198,8 +199,14 @@ class DPTRegressor(nn.Module):
 
     def enlarge(self, features: Tensor, size: tuple[int, int], out_dtype: torch.dtype | None = None) -> Tensor:
         """What follows the first convolution: [N, C, 8h, 8w] -> [N, H, W, output_dim]."""
-        weight3, bias3, weight1, bias1 = self.conv2.parameters()
-        return resize_conv(features.permute(0, 2, 3, 1), size, weight3, bias3, weight1, bias1, out_dtype=out_dtype)
+        first, relu, last = self.conv2
+        if not (plain_conv(first) and plain_conv(last) and unhooked(self.conv2, relu)):
+            resized = resize_bilinear(features.permute(0, 2, 3, 1), size).permute(0, 3, 1, 2)
+            channels: Tensor = self.conv2(resized)
+            return channels.permute(0, 2, 3, 1)
+        assert first.bias is not None and last.bias is not None
+        weights = first.weight, first.bias, last.weight, last.bias
+        return resize_conv(features.permute(0, 2, 3, 1), size, *weights, out_dtype=out_dtype)
 
 
 def token_maps(tokens: Tensor, views: slice, grid: tuple[int, int], num_views: int) -> Tensor:

@@ -22,6 +22,7 @@ from .derived import Derived, caching, derivable
 from .host_weights import require_here
 from .packing import PackedBlocks, packed_blocks, packed_dtype
 from .packing_fp8 import PackedBlocks8, packed_blocks_fp8
+from .plain import plain_conv
 
 TRAINED_GRID = 37  # patches a side at DINOv2's 518-pixel training size
 REGISTERS = 4
@@ -120,22 +121,24 @@ class VisionTransformer(nn.Module):
             ("patch", dtype, weight.device), lambda: [proj.weight], lambda: [proj.weight.to(dtype)]
         )[0]
 
+    def _tokens(self, images: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """[N, 1 + registers + T, C]: class token, registers, patches, in the images' dtype."""
+        proj: nn.Module = self.patch_embed.proj
+        registers = None if self.register_tokens is None else self.register_tokens[0]
+        if plain_conv(proj):
+            weight = self._patch_weight(dtype)
+            bias, first = proj.bias, self.cls_token[0, 0]
+            return ops.tokenize(images.to(dtype), weight, bias, positions, first, registers, out_dtype=images.dtype)
+        patches = proj(images).flatten(2).transpose(1, 2).to(images.dtype) + positions[1:]
+        rows = [self.cls_token[0] + positions[:1]] + ([] if registers is None else [registers])
+        return torch.cat([*(row.to(images.dtype).expand(len(images), -1, -1) for row in rows), patches], dim=1)
+
     def forward(self, images: Tensor, precision: str = EXACT) -> Tensor:
         """[N, 3, H, W] normalised images -> [N, T, C] patch tokens, float32 (a view without the class token)."""
         n, _, height, width = images.shape
         rows, columns = height // self.patch_size, width // self.patch_size
         dtype = compute_dtype(images)
-        proj = self.patch_embed.proj
-        assert proj.bias is not None
-        tokens = ops.tokenize(
-            images.to(dtype),
-            self._patch_weight(dtype),
-            proj.bias,
-            self.position_embedding(rows, columns),
-            self.cls_token[0, 0],
-            None if self.register_tokens is None else self.register_tokens[0],
-            out_dtype=images.dtype,
-        )  # [N, 1 + registers + T, C]
+        tokens = self._tokens(images, self.position_embedding(rows, columns), dtype)
         length = tokens.shape[1]
         x = tokens.flatten(0, 1)  # [N * length, C]
         segments = Segments.batched(n, length)

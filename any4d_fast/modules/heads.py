@@ -8,11 +8,15 @@ from torch.nn import functional as F
 
 from . import dense_inference
 from .dense_inference import CastStore, PoseWeights
+from .plain import plain_conv
 
 
-def _pointwise(conv: nn.Conv2d, rows: Tensor) -> Tensor:
-    """A 1x1 convolution on token-major rows [..., C]."""
-    return F.linear(rows, conv.weight.flatten(1), conv.bias)
+def _pointwise(conv: nn.Module, rows: Tensor) -> Tensor:
+    """A 1x1 convolution on token-major rows [N, T, C]."""
+    if plain_conv(conv):
+        return F.linear(rows, conv.weight.flatten(1), conv.bias)
+    out: Tensor = conv(rows.transpose(1, 2)[..., None])  # [N, C, T, 1]
+    return out[..., 0].transpose(1, 2)
 
 
 class ResConvBlock(nn.Module):
@@ -68,6 +72,10 @@ class PoseHead(nn.Module):
             mean = x.mean(dim=1)
         x = self.more_mlps(mean)
         return torch.cat([self.fc_t(x), self.fc_rot(x)], dim=1)
+
+
+POSE_PARTS = (nn.Conv2d, nn.Linear, nn.ReLU, nn.Sequential, nn.ModuleList, ResConvBlock)
+"""What a pose head is made of."""
 
 
 class ScaleHead(nn.Module):

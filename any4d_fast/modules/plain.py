@@ -19,6 +19,23 @@ def plain(*tensors: Tensor | None) -> bool:
     return all(t is None or type(t) in (nn.Parameter, Tensor) for t in tensors)
 
 
+def plain_parts(module: nn.Module, *known: type[nn.Module]) -> bool:
+    """Whether a module that is called itself may compute from the parameters of its parts, without calling these.
+
+    Not with a part of another type than the `known` ones (an adapter in a layer's place, a parametrization), nor with a
+    hook. Nor in a replica of DataParallel, whose weights are no parameters.
+    """
+    parts = [part for part in module.modules() if part is not module]
+    parameters = list(module.parameters())
+    ours = all(type(part) in known for part in parts) and unhooked(*parts)
+    return ours and bool(parameters) and plain(*parameters)
+
+
+def plain_conv(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """As `plain_linear`, of a convolution."""
+    return type(module) is nn.Conv2d and plain(module.weight, module.bias) and unhooked(module)
+
+
 def plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a layer is nothing but a matrix product, and may be computed from its parameters.
 

@@ -10,6 +10,7 @@ from .. import ops
 from . import dense_inference
 from .block import NORM_EPS, layer_norm
 from .dense_inference import CastStore, TokenizerWeights
+from .plain import plain_conv
 
 
 class ResidualConv(nn.Module):
@@ -54,9 +55,17 @@ class DenseTokenizer(nn.Module):
             tokens = dense_inference.tokenize(weights, x, self.patch_size, dtype, flag)
             return layer_norm(tokens, self.norm_layer, x.dtype)
         conv = self.conv_in
-        patches = ops.unshuffle_conv(x, conv.weight, conv.bias, self.patch_size)  # [N, h, w, widths[0]]
-        maps = self.encoder(patches.permute(0, 3, 1, 2))  # channels-last memory, [N, C, h, w]
+        if plain_conv(conv):
+            patches = ops.unshuffle_conv(x, conv.weight, conv.bias, self.patch_size)  # [N, h, w, widths[0]]
+            patches = patches.permute(0, 3, 1, 2)
+        else:
+            patches = conv(F.pixel_unshuffle(x.permute(0, 3, 1, 2), self.patch_size))
+        maps = self.encoder(patches)  # channels-last memory, [N, C, h, w]
         return layer_norm(maps.permute(0, 2, 3, 1).flatten(1, 2), self.norm_layer)
+
+
+TOKENIZER_PARTS = (nn.Conv2d, nn.Identity, nn.Sequential, nn.LayerNorm, ResidualConv)
+"""What a dense tokenizer is made of."""
 
 
 class VectorTokenizer(nn.Module):
