@@ -40,6 +40,16 @@ Finish = Callable[[int, list[Outputs]], list[Outputs]]
 """Takes the first view's index and a chunk's outputs, one dictionary a view, and returns what is kept of them."""
 
 
+def check_minibatch(minibatch_size: int | None) -> None:
+    """Raise unless the heads can take so many views at once.
+
+    Raises:
+        ValueError: it is no whole number, or less than one.
+    """
+    if minibatch_size is not None and (minibatch_size < 1 or minibatch_size % 1):
+        raise ValueError(f"minibatch_size: expected at least 1 view, or None, got {minibatch_size}")
+
+
 def run_heads(
     model: Any4D,
     tokens: list[Tensor],

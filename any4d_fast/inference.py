@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .config import ModalityConfig
-from .head_loop import Outputs
+from .head_loop import Outputs, check_minibatch
 from .host_copy import HostCopies
 from .inputs import prepare_views
 from .outputs import ViewFinisher
@@ -88,8 +88,7 @@ def infer(
     check_name(precision)
     if amp_dtype not in AMP_DTYPES:
         raise ValueError(f"amp_dtype: expected one of {sorted(AMP_DTYPES)}, got {amp_dtype!r}")
-    if minibatch_size is not None and minibatch_size < 1:
-        raise ValueError(f"minibatch_size: expected at least 1 view, or None, got {minibatch_size}")
+    check_minibatch(minibatch_size)
     if memory_budget is not None and not memory_budget > 0:
         raise ValueError(f"memory_budget: expected a positive number of GiB, or None, got {memory_budget}")
     if outputs_to not in ("device", "cpu"):

@@ -23,7 +23,7 @@ from .checkpoint import (
 from .config import Any4DConfig, ModalityConfig, preset
 from .config_upstream import Config, from_upstream, to_upstream
 from .geometry_tokens import encoded
-from .head_loop import Finish, Outputs, dtype_of_heads, run_heads
+from .head_loop import Finish, Outputs, check_minibatch, dtype_of_heads, run_heads
 from .modules import host_weights
 from .modules.block import NORM_EPS, Block
 from .modules.derived import Derived
@@ -215,7 +215,8 @@ class Any4D(nn.Module):
             representation has them.
 
         Raises:
-            ValueError: for views that disagree in size or batch, or lack what another input needs.
+            ValueError: for views that disagree in size or batch, or lack what another input needs; `minibatch_size` is
+                less than one.
             PrecisionError: `precision` cannot run this call; the message says why.
         """
         return self.run(views, self.config.modalities, minibatch_size, cuda_graphs=cuda_graphs, precision=precision)
@@ -235,6 +236,7 @@ class Any4D(nn.Module):
         `finish` and `memory_budget` are those of `head_loop.run_heads`; a call with `finish` takes no CUDA graph.
         """
         grid = self._check(views)
+        check_minibatch(minibatch_size)
         check_precision(precision, self, views[0]["img"])
 
         def reconstruct(given: list[View]) -> list[Outputs]:

@@ -367,6 +367,12 @@ def test_wrong_views_are_refused(name: str) -> None:
         small_model()(wrong(change))
 
 
+@pytest.mark.parametrize("minibatch_size", [0, -1, 1.5])
+def test_wrong_minibatches_are_refused(minibatch_size: Any) -> None:
+    with pytest.raises(ValueError, match=f"minibatch_size: expected at least 1 view, or None, got {minibatch_size}"):
+        small_model()(views(2), minibatch_size=minibatch_size)
+
+
 def test_a_size_that_is_no_multiple_of_14_is_refused() -> None:
     with pytest.raises(ValueError, match="multiples of 14, got 30 x 42; resize to 28 x 42, or use model.infer"):
         small_model()([{"img": torch.zeros(1, 3, 30, 42)}])
