@@ -58,12 +58,13 @@ MAX_SEEN = 256  # kinds of calls that are remembered without a graph
 
 @dataclass
 class Walk:
-    """What a graph assumes of its model besides numbers: its modules, where its parameters are, that nobody listens.
+    """What a graph assumes of its model besides numbers: modules and their modes, where parameters are, no listeners.
 
     The model itself is not held, so that it goes when its last user lets it go; its own hooks run around the graph.
     """
 
     modules: list[nn.Module] = field(default_factory=list)
+    modes: list[bool] = field(default_factory=list)
     addresses: list[int] = field(default_factory=list)
     storages: list[Any] = field(default_factory=list)
     hooked: bool = False
@@ -82,6 +83,7 @@ class Walk:
                 continue
             seen.add(id(module))
             found.modules.append(module)
+            found.modes.append(module.training)
             found.hooked = found.hooked or bool(module._forward_hooks or module._forward_pre_hooks)
             found._look(module, hold)
             stack.extend(module._modules.values())
@@ -96,7 +98,7 @@ class Walk:
                         self.storages.append(tensor.untyped_storage())
 
     def same(self, other: Walk) -> bool:
-        return self.addresses == other.addresses and self.modules == other.modules
+        return self.addresses == other.addresses and self.modes == other.modes and self.modules == other.modules
 
 
 @dataclass

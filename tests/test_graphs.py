@@ -203,6 +203,13 @@ def test_exchanged_parameters_and_modules_drop_the_graphs(bench: Bench) -> None:
     assert bench.call(1.0) == 6 and len(bench.cache) == 0
 
 
+def test_a_part_in_another_mode_drops_the_graphs(bench: Bench) -> None:
+    """Dropout that stays on in a part of the model is not in a graph of the model without, nor the other way round."""
+    bench.call(1.0, at_once=True)
+    bench.model.child.eval()
+    assert bench.call(1.0) == 11 and len(bench.cache) == 0
+
+
 def test_hooks_keep_graphs_out(bench: Bench) -> None:
     bench.call(1.0, at_once=True)
     replays = bench.device.graphs[0].replays
