@@ -197,8 +197,8 @@ def head_chunk(
         needs = [chunk_bytes(config, grid, itemsize, batch * count) for count in range(1, limit + 1)]
         limit = _fitting(needs, outputs, device, memory_budget)
     else:
-        budget = CPU_HEAD_BYTES if memory_budget is None else int(memory_budget * GIB)
-        limit = min(limit, budget // (batch * image_bytes(config, grid, itemsize, unfused=True)))
+        budget = CPU_HEAD_BYTES if memory_budget is None else memory_budget * GIB
+        limit = int(min(limit, budget / (batch * image_bytes(config, grid, itemsize, unfused=True))))
     return balanced(views, max(1, limit))
 
 

@@ -205,6 +205,12 @@ def test_outputs_on_the_host_are_the_same(options: dict[str, Any], model: Any4D)
         same(model.infer(views, outputs_to="cpu", **options, **fixed), model.infer(views, **fixed))
 
 
+def test_a_budget_may_be_anything_positive(model: Any4D) -> None:
+    views = [{"img": torch.full((28, 42, 3), i, dtype=torch.uint8)} for i in range(3)]
+    for budget in (1e-30, 1e300, float("inf")):
+        assert len(model.infer(views, memory_budget=budget)) == 3
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
