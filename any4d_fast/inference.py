@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import ModalityConfig
 from .head_loop import Outputs, check_minibatch
@@ -54,7 +55,7 @@ def infer(
     """Reconstruct views given as a person has them; the conventions are those of MapAnything's `infer`.
 
     Args:
-        model: the model; it runs in evaluation mode and is left in the mode it was in.
+        model: the model; it runs in evaluation mode, and each of its modules is left in the mode it was in.
         views: one mapping a view; see `any4d_fast.inputs.prepare_views` and docs/inputs.md.
         size: model size: None for the nearest trained one, an int for the long side, or (H, W), multiples of 14.
         reference: whose camera is the world, and on whose pixels scene flow lives.
@@ -154,11 +155,28 @@ def _run_to_host(
     return found
 
 
+_MODES_LOCK = threading.Lock()
+_EVALUATING: dict[int, tuple[int, list[nn.Module]]] = {}
+"""Models in evaluation mode for `infer`, by identity: how many calls are under way, and the modules to put back."""
+
+
 @contextlib.contextmanager
 def _evaluating(model: Any4D) -> Iterator[None]:
-    training = model.training
-    model.eval()
+    """Evaluation mode inside; when the last of several threads leaves, every module trains again that did before."""
+    with _MODES_LOCK:
+        calls, trained = _EVALUATING.get(id(model), (0, []))
+        if not calls:
+            trained = [module for module in model.modules() if module.training]
+            model.eval()
+        _EVALUATING[id(model)] = calls + 1, trained
     try:
         yield
     finally:
-        model.train(training)
+        with _MODES_LOCK:
+            calls, trained = _EVALUATING.pop(id(model))
+            if calls > 1:
+                _EVALUATING[id(model)] = calls - 1, trained
+            elif trained:
+                for module in trained:
+                    module.training = True
+                model.refresh()

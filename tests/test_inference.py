@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from any4d_fast import Any4D
+from any4d_fast.inference import _evaluating
 from any4d_fast.inputs import InputError
 from any4d_fast.testing import relative_error
 from tests.small_models import REPRESENTATIONS, small_config, small_model, small_scene
@@ -309,6 +310,27 @@ def test_the_mode_is_restored_and_nothing_is_drawn_or_recorded(training: bool) -
     assert torch.equal(torch.get_rng_state(), state)
     check(first, second, budget=0)
     assert not any(value.requires_grad for view in first for value in view.values())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_parts_in_another_mode_stay_in_it(training: bool) -> None:
+    """A frozen encoder is in evaluation mode while the rest trains."""
+    model = small_model().train(training)
+    model.encoder.train(not training)
+    before = [module.training for module in model.modules()]
+    model.infer(views())
+    assert [module.training for module in model.modules()] == before
+
+
+def test_threads_leave_a_training_model_when_the_last_one_is_done() -> None:
+    model, modes = small_model(small_config(drop_path=0.5)).train(), []
+    outer, inner = _evaluating(model), _evaluating(model)
+    outer.__enter__()
+    inner.__enter__()
+    for context in (outer, inner):  # the first one to come goes first
+        modes.append(model.info_sharing.training)
+        context.__exit__(None, None, None)
+    assert modes == [False, False] and all(module.training for module in model.modules())
 
 
 def test_the_mode_is_restored_after_an_error(model: Any4D, monkeypatch: pytest.MonkeyPatch) -> None:
