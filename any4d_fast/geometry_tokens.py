@@ -16,11 +16,11 @@ from torch import Tensor
 
 from . import head_precision
 from .head_loop import pays_side_by_side, side_by_side
-from .modules.dpt import float32_sums
 from .modules.host_weights import resident
 from .modules.modalities import DenseInput, Modalities, ModalityReader, VectorInput
 from .modules.plain import plain_parts
 from .modules.tokenizers import TOKENIZER_PARTS, DenseTokenizer, VectorTokenizer
+from .switches import float32_sums
 
 if TYPE_CHECKING:
     from .model import Any4D

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
+from .switches import cudnn_allows_tf32, matmul_allows_tf32
 
 if TYPE_CHECKING:
     from .config import ModalityConfig
@@ -105,10 +106,10 @@ def call_key(views: Views, *settings: Hashable) -> Hashable:
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     precision = (
         torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
-        matmul.allow_tf32,
+        matmul_allows_tf32(),
         matmul.allow_bf16_reduced_precision_reduction,
         matmul.allow_fp16_reduced_precision_reduction,
-        cudnn.allow_tf32,
+        cudnn_allows_tf32(),
         cudnn.benchmark,
         cudnn.deterministic,
         torch.are_deterministic_algorithms_enabled(),

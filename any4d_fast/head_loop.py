@@ -17,11 +17,12 @@ from .graph_calls import intercepted
 from .memory import GPU_FINE_IMAGES, STREAM, balanced, head_chunk
 from .modules import factors
 from .modules.dense_training import HEAD_PARTS, dense_head, plain_head
-from .modules.dpt import DPTFeatures, DPTRegressor, float32_sums, matmul_tf32, to_head_dtype, token_maps, token_rows
+from .modules.dpt import DPTFeatures, DPTRegressor, to_head_dtype, token_maps, token_rows
 from .modules.heads import POSE_PARTS
 from .modules.host_weights import head_parameters, resident
 from .modules.plain import plain_parts
 from .ops import dense_maps
+from .switches import float32_sums, matmul_allows_tf32, matmul_tf32
 
 if TYPE_CHECKING:
     from .model import Any4D
@@ -302,5 +303,5 @@ def side_by_side(parts: Sequence[Callable[[], list[Tensor]]], device: torch.devi
 def full_precision(device_type: str) -> Iterator[None]:
     """Heads run outside autocast, with TF32 matmuls where the caller asked for mixed precision (as upstream)."""
     mixed = torch.is_autocast_enabled(device_type)
-    with matmul_tf32(torch.backends.cuda.matmul.allow_tf32 or mixed), torch.autocast(device_type, enabled=False):
+    with matmul_tf32(matmul_allows_tf32() or mixed), torch.autocast(device_type, enabled=False):
         yield

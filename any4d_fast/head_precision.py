@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import backends
 from .modules.derived import defer, deferring
+from .switches import cudnn_allows_tf32
 
 logger = logging.getLogger("any4d_fast")
 
@@ -137,7 +138,7 @@ def _narrowest(like: Tensor, mixed: bool, unwatched: bool) -> torch.dtype:
     if chosen is not None:
         return chosen
     # Where upstream computes in TF32: under autocast, unless the user has forbidden TF32 to convolutions.
-    if not (mixed and like.is_cuda and torch.backends.cudnn.allow_tf32):
+    if not (mixed and like.is_cuda and cudnn_allows_tf32()):
         return torch.float32
     if backends.select("dense_maps", None, like) == backends.EAGER:
         return torch.float32

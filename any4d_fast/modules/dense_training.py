@@ -25,9 +25,10 @@ from torch.func import functional_call
 
 from ..memory import balanced
 from ..ops import dense_maps
+from ..switches import float32_sums, matmul_allows_tf32, matmul_tf32
 from .dense_inference import features as run_features
 from .dense_inference import hidden_map, pack_conv, pack_features
-from .dpt import DPTFeatures, DPTRegressor, FusionBlock, ResidualConvUnit, Scratch, float32_sums, matmul_tf32
+from .dpt import DPTFeatures, DPTRegressor, FusionBlock, ResidualConvUnit, Scratch
 from .plain import plain_parts, unhooked
 
 # 48 images of 518 x 336 whose maps are kept (half as many, and a step of `tiny` on 64 images took 8 % longer for its
@@ -122,7 +123,7 @@ def dense_head(
         their gradients are not finite.
     """
     head = _Head(features, regressor)
-    job = Job(head, size, dtype, not regressor.doubles, wait, torch.backends.cuda.matmul.allow_tf32)
+    job = Job(head, size, dtype, not regressor.doubles, wait, matmul_allows_tf32())
     out, left_range = _DenseHead.apply(job, *maps, *head.parameters())
     return out, left_range
 

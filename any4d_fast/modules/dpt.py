@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import DenseHeadConfig
 from ..ops import resize_bilinear, resize_conv
+from ..switches import matmul_allows_tf32, matmul_tf32
 from . import dense_inference
 from .dense_inference import CastStore, FeatureWeights, RegressorWeights
 from .plain import plain_conv, unhooked
@@ -63,31 +64,7 @@ def recomputed(function: Callable[..., Tensor], *args: Tensor | bool | tuple[int
 
 def _same_precision() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Contexts of the first and of the second computation: a backend is chosen by TF32's setting."""
-    return nullcontext(), matmul_tf32(torch.backends.cuda.matmul.allow_tf32)
-
-
-@contextmanager
-def matmul_tf32(allowed: bool) -> Iterator[None]:
-    """Allow TF32 to float32 matmuls, or not."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-
-
-@contextmanager
-def float32_sums() -> Iterator[None]:
-    """No partial sums in float16 between the parts of a split matmul: they would round, and overflow, too early."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_fp16_reduced_precision_reduction
-    split = getattr(matmul, "allow_fp16_reduced_precision_reduction_split_k", None)  # not in every PyTorch
-    matmul.allow_fp16_reduced_precision_reduction = False
-    try:
-        yield
-    finally:
-        matmul.allow_fp16_reduced_precision_reduction = before if split is None else (before, split)
+    return nullcontext(), matmul_tf32(matmul_allows_tf32())
 
 
 class Scratch(nn.Module):
