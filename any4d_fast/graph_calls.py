@@ -29,17 +29,18 @@ INPUT_KEYS = (
 )  # fmt: skip
 """What the model reads of a view; the rest passes by."""
 
-_OVERRIDE: list[bool | None] = []
+_OVERRIDE: list[list[bool | None]] = []  # a list of its own for every block, to be found again by identity
 
 
 @contextlib.contextmanager
 def cuda_graphs(enabled: bool | None) -> Iterator[None]:
     """Use CUDA graphs for every size inside (True), for none (False), or where they pay (None)."""
-    _OVERRIDE.append(enabled)
+    own = [enabled]
+    _OVERRIDE.append(own)
     try:
         yield
-    finally:
-        _OVERRIDE.pop()
+    finally:  # not the last one: other threads' blocks need not be inside of this one
+        _OVERRIDE[:] = [block for block in _OVERRIDE if block is not own]
 
 
 def wanted(argument: bool | None) -> bool | None:
@@ -51,7 +52,7 @@ def wanted(argument: bool | None) -> bool | None:
     if argument is not None:
         return argument
     if _OVERRIDE:
-        return _OVERRIDE[-1]
+        return _OVERRIDE[-1][0]
     text = os.environ.get("ANY4D_FAST_CUDA_GRAPHS", "")
     if text not in ("", "0", "1"):
         raise ValueError(f"ANY4D_FAST_CUDA_GRAPHS: expected 0, 1 or nothing, got {text!r}")

@@ -311,6 +311,13 @@ def test_choice_of_argument_context_and_environment(monkeypatch: pytest.MonkeyPa
         assert wanted(None) is None
         with cuda_graphs(True):
             assert wanted(None) is True and wanted(False) is False
+    first, second = cuda_graphs(False), cuda_graphs(True)
+    first.__enter__()
+    second.__enter__()  # another thread's
+    first.__exit__(None, None, None)
+    assert wanted(None) is True
+    second.__exit__(None, None, None)
+    assert wanted(None) is False
     monkeypatch.setenv("ANY4D_FAST_CUDA_GRAPHS", "yes")
     with pytest.raises(ValueError, match="ANY4D_FAST_CUDA_GRAPHS"):
         wanted(None)
