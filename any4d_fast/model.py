@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -346,9 +346,8 @@ class Any4D(nn.Module):
         Changes of parameters are seen by themselves: optimizer steps, `load_state_dict`, any in-place operation, a new
         tensor in a parameter's place. Only writes through `parameter.data` are not, and need this (or `train()`).
         """
-        for module in self.modules():
-            if isinstance(kept := getattr(module, "derived", None), Derived):
-                kept.invalidate()
+        for kept in self._stores():
+            kept.invalidate()
 
     def train(self, mode: bool = True) -> Any4D:
         super().train(mode)
@@ -359,7 +358,15 @@ class Any4D(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
         self._graphs.drop_stale(self)
+        for kept in self._stores():
+            kept.drop_stale()
         return self
+
+    def _stores(self) -> Iterator[Derived]:
+        """What all parts of the model keep of their weights."""
+        for module in self.modules():
+            if isinstance(kept := getattr(module, "derived", None), Derived):
+                yield kept
 
     def pack_weights_(self, device: torch.device | str | None = None) -> Any4D:
         """Keep only 16-bit copies of the matrices on the GPU, for inference under autocast; returns the model.
@@ -387,9 +394,8 @@ class Any4D(nn.Module):
         return self._forget_derived()
 
     def _forget_derived(self) -> Any4D:
-        for module in self.modules():
-            if isinstance(kept := getattr(module, "derived", None), Derived):
-                kept.clear()
+        for kept in self._stores():
+            kept.clear()
         if self.scale_token.is_cuda:
             torch.cuda.empty_cache()
         return self

@@ -41,7 +41,13 @@ class CastStore(Derived, Generic[T]):
         parameters = list(module.parameters())
         if not (caching() and derivable(*parameters)):
             return pack(module, dtype)
-        key = (dtype, device := home(parameters))
+        with self._lock:
+            return self._current(module, (dtype, home(parameters)), pack)
+
+    def _current(
+        self, module: nn.Module, key: tuple[torch.dtype, torch.device], pack: Callable[[Any, torch.dtype], T]
+    ) -> T:
+        dtype, device = key
         made: list[T] = []
 
         this = weakref.proxy(module)  # the module holds this store: a cycle would keep both
@@ -62,6 +68,10 @@ class CastStore(Derived, Generic[T]):
     def clear(self) -> None:
         super().clear()
         self._trees.clear()
+
+    def drop_stale(self) -> None:
+        super().drop_stale()
+        self._trees = {key: held for key, held in self._trees.items() if ("cast", *key) in self._kept}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CastStore[T]:
         return CastStore()

@@ -171,6 +171,7 @@ class Derived:
 
     def __init__(self) -> None:
         self._kept: OrderedDict[Hashable, Kept] = OrderedDict()
+        self._lock = threading.RLock()
 
     def get(self, key: Hashable, sources: Sources, recipe: Recipe) -> list[Tensor]:
         """Tensors of `recipe`, as they were derived when a source last changed.
@@ -185,39 +186,45 @@ class Derived:
             CaptureError: a source changed or the key is new while a CUDA graph is captured.
         """
         active = _ACTIVE.recording
-        kept = self._kept.get(key)
-        if active is not None and active.capturing:
-            if kept is None or signature(list(kept.sources())) != kept._signature:
-                raise CaptureError("weights changed between the eager run and its capture")
-        elif kept is None:
-            kept = Kept(sources, recipe, self, key)
-            kept.refresh()
-        else:
-            kept.refresh()
-            self._kept.move_to_end(key)
+        with self._lock:
+            kept = self._kept.get(key)
+            if active is not None and active.capturing:
+                if kept is None or signature(list(kept.sources())) != kept._signature:
+                    raise CaptureError("weights changed between the eager run and its capture")
+            elif kept is None:
+                kept = Kept(sources, recipe, self, key)
+                kept.refresh()
+            else:
+                kept.refresh()
+                self._kept.move_to_end(key)
         if active is not None and kept not in active.used:
             active.used.append(kept)
         return kept.tensors
 
     def _insert(self, key: Hashable, kept: Kept) -> None:
-        self._kept[key] = kept
-        while len(self._kept) > LIMIT:
-            self._kept.popitem(last=False)
+        with self._lock:
+            self._kept[key] = kept
+            while len(self._kept) > LIMIT:
+                self._kept.popitem(last=False)
 
     def invalidate(self) -> None:
         """Derive everything anew at its next use."""
-        for kept in self._kept.values():
+        with self._lock:
+            everything = list(self._kept.values())
+        for kept in everything:
             kept.invalidate()
 
     def clear(self) -> None:
         """Let go of everything."""
-        self._kept.clear()
+        with self._lock:
+            self._kept.clear()
 
     def drop_stale(self) -> None:
         """Let go of what was derived from parameters that were moved or replaced."""
-        for key, kept in list(self._kept.items()):
-            if not kept.in_place():
-                del self._kept[key]
+        with self._lock:
+            for key, kept in list(self._kept.items()):
+                if not kept.in_place():
+                    del self._kept[key]
 
     def __len__(self) -> int:
         return len(self._kept)

@@ -6,7 +6,9 @@ import contextlib
 import copy
 import logging
 import pickle
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import pytest
@@ -16,6 +18,8 @@ from torch import Tensor, nn
 from any4d_fast import head_loop, head_precision
 from any4d_fast.config import DenseHeadConfig
 from any4d_fast.head_precision import head_dtype, use_head_dtype
+from any4d_fast.modules import dense_inference
+from any4d_fast.modules.dense_inference import CastStore
 from any4d_fast.modules.derived import recording
 from any4d_fast.modules.dpt import DPTFeatures, DPTRegressor
 from any4d_fast.modules.heads import PoseHead
@@ -185,6 +189,38 @@ def test_weights_are_converted_once() -> None:
     with torch.no_grad():
         for part in module:
             part.derived.weights(part, torch.float16, lambda *_: pytest.fail("converted again"))
+
+
+def test_threads_that_meet_in_the_first_call_share_what_is_converted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one comes when the first has tensors and not yet their tree."""
+    regressor, others = head()[1], []
+    original = CastStore.get
+
+    def slowly(self: Any, *arguments: Any) -> list[Tensor]:
+        found = original(self, *arguments)
+        if threading.current_thread().name.startswith("first"):
+            others.append(second.submit(run))
+            wait(others, timeout=0.2)
+        return found
+
+    def run() -> Any:
+        with torch.no_grad():
+            return regressor.derived.weights(regressor, torch.float16, dense_inference.pack_regressor)
+
+    monkeypatch.setattr(CastStore, "get", slowly)
+    with ThreadPoolExecutor(1, "first") as first, ThreadPoolExecutor(1, "second") as second:
+        found = first.submit(run).result()
+        assert len(others) == 1 and others[0].result() is found
+
+
+def test_moving_the_model_lets_go_of_what_was_converted() -> None:
+    model = small_model()
+    with torch.no_grad(), use_head_dtype(torch.float16):
+        model(model_inputs())
+    stores = [model.dpt_feature_head.derived, model.pose_head.derived]
+    assert all(len(store) == len(store._trees) == 1 for store in stores)
+    model.to(torch.float64)
+    assert all(len(store) == len(store._trees) == 0 for store in stores)
 
 
 def model_inputs() -> list[dict[str, Tensor]]:
