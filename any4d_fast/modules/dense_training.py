@@ -93,9 +93,18 @@ class _Part(NamedTuple):
 
 
 def plain_head(*modules: nn.Module) -> bool:
-    """Whether weights alone say what a head does: no adapter in a layer's place, no parametrization, no hook."""
+    """Whether weights alone say what a head does: no adapter in a layer's place, no parametrization, no hook.
+
+    Nor a weight that two layers share: exchanged by name, only one of them would get it.
+    """
     ours = all(type(module) in HEADS for module in modules) and unhooked(*modules)
-    return ours and all(plain_parts(module, *HEAD_PARTS) for module in modules)
+    return ours and all(plain_parts(module, *HEAD_PARTS) for module in modules) and not _tied(*modules)
+
+
+def _tied(*modules: nn.Module) -> bool:
+    layers = {layer for module in modules for layer in module.modules()}
+    held = [p for layer in layers for p in layer.parameters(recurse=False)]
+    return len(held) > len(set(held))
 
 
 def dense_head(

@@ -266,6 +266,18 @@ def test_a_head_that_is_more_than_its_weights_runs_layer_by_layer(change: str) -
     assert change != "adapter" or head.conv1.factor.grad is not None
 
 
+def test_a_weight_that_two_layers_share_gets_both_gradients() -> None:
+    model = small_model().train()
+    unit = model.dpt_feature_head.scratch.refinenet1.resConfUnit1
+    unit.conv2.weight = unit.conv1.weight
+    views, found = [{"img": torch.randn(1, 3, 28, 42, generator=torch.Generator().manual_seed(0))}], []
+    for dtype in (torch.float32, torch.float16):
+        with use_head_dtype(dtype):
+            gradients_of(model, views)
+        found.append(unit.conv1.weight.grad)
+    torch.testing.assert_close(found[1], found[0], rtol=0.02, atol=float(found[0].abs().max()) * 0.02)
+
+
 def test_second_derivatives_are_refused() -> None:
     ours, given = head(), maps()
     features, regressor = ours.children()
