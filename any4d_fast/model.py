@@ -287,6 +287,9 @@ class Any4D(nn.Module):
         """Validate images and return the patch grid."""
         if not views:
             raise ValueError("views: expected at least one view, got none")
+        for i, view in enumerate(views):
+            if "img" not in view:
+                raise ValueError(f"views[{i}]: expected the key 'img', got {sorted(view)}")
         shape = views[0]["img"].shape
         for i, view in enumerate(views):
             image = view["img"]
@@ -299,11 +302,12 @@ class Any4D(nn.Module):
                 raise ValueError(
                     f"views[{i}]['img']: all views need one shape, got {list(image.shape)} and {list(shape)} in view 0"
                 )
-            kind = view.get("data_norm_type", [self.encoder.data_norm_type])
-            kind = kind if isinstance(kind, str) else kind[0]
-            if kind != self.encoder.data_norm_type:
+            kinds = view.get("data_norm_type", self.encoder.data_norm_type)
+            kinds = [kinds] if isinstance(kinds, str) else list(kinds)  # one for all samples, or one for each
+            if set(kinds) != {self.encoder.data_norm_type}:
                 raise ValueError(
-                    f"views[{i}]['data_norm_type']: the encoder expects {self.encoder.data_norm_type!r}, got {kind!r}"
+                    f"views[{i}]['data_norm_type']: the encoder expects {self.encoder.data_norm_type!r}, got "
+                    f"{kinds[0] if len(set(kinds)) == 1 else kinds!r}"
                 )
         return grid_of(shape[2], shape[3], self.encoder.patch_size)
 

@@ -357,6 +357,10 @@ ERRORS: dict[str, tuple[Callable[[list[dict[str, Any]]], Any], str]] = {
     "two batches": (lambda g: g[1].update(img=torch.zeros(1, 3, 28, 42)), r"views\[1\].*one shape"),
     "another normalisation": (lambda g: g[1].update(data_norm_type=["croco"]),
                               r"views\[1\]\['data_norm_type'\]: the encoder expects 'dinov2', got 'croco'"),
+    "another normalisation of one sample": (lambda g: g[1].update(data_norm_type=["dinov2", "croco"]),
+                                            r"views\[1\].*expects 'dinov2', got \['dinov2', 'croco'\]"),
+    "no normalisation": (lambda g: g[0].update(data_norm_type=[]), r"views\[0\].*expects 'dinov2', got \[\]"),
+    "no image": (lambda g: g[1].pop("img"), r"views\[1\]: expected the key 'img', got \["),
 }  # fmt: skip
 
 
