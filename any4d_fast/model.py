@@ -348,7 +348,8 @@ class Any4D(nn.Module):
         """Cast and fold the inference weights anew at the next call.
 
         Changes of parameters are seen by themselves: optimizer steps, `load_state_dict`, any in-place operation, a new
-        tensor in a parameter's place. Only writes through `parameter.data` are not, and need this (or `train()`).
+        tensor in a parameter's place. Only writes through `parameter.data`, and those of a training step that is
+        replayed as a CUDA graph, are not, and need this (or `train()`; `infer` on a model in training mode sees them).
         """
         for kept in self._stores():
             kept.invalidate()

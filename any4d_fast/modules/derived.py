@@ -83,8 +83,8 @@ def defer(flag: Tensor) -> bool:
 def signature(tensors: Sequence[Tensor]) -> tuple[list[int], list[int]]:
     """Addresses and versions: changed by an assignment and by an in-place operation.
 
-    An in-place change through `.data` bypasses PyTorch's version counter and is not seen: `Any4D.train()` or
-    `Any4D.refresh()` makes up for it.
+    An in-place change through `.data` bypasses PyTorch's version counter and is not seen, nor is one by a replayed CUDA
+    graph: `Any4D.train()` or `Any4D.refresh()` makes up for it.
     """
     return [t.data_ptr() for t in tensors], [t._version for t in tensors]
 
