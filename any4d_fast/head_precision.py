@@ -7,6 +7,9 @@ a head, the heads run once more in TF32; if one did not fit in a tokenizer, the 
 TF32.
 
 With gradients the dense heads alone run in float16 (`modules.dense_training`), and tokenizers and small heads in TF32.
+
+A head or tokenizer that is more than its weights (an adapter or a parametrization in a layer's place, a hook inside)
+runs in float32 as well: with one such head, all heads of a call without gradients.
 """
 
 from __future__ import annotations
