@@ -149,14 +149,18 @@ class ModalityReader:
         given = dict(zip(views, values.unbind(), strict=True))
         return torch.stack([given.get(view, otherwise) for view in range(len(self.views))])
 
+    def _given(self, view: int, key: str, *size: int) -> Tensor:
+        """A view's tensor, which must have this size."""
+        value = self.views[view][key]
+        if not isinstance(value, Tensor) or tuple(value.shape) != size:
+            got = list(value.shape) if isinstance(value, Tensor) else repr(value)
+            raise ValueError(f"views[{view}][{key!r}]: expected a tensor {list(size)} as the images are, got {got}")
+        return value
+
     def _maps(self, views: list[int], key: str, channels: int) -> Tensor:
         """[len(views) * B, H, W, channels] float."""
         size = (self.batch, *self.views[0]["img"].shape[-2:], channels)
-        for i in views:
-            shape = tuple(self.views[i][key].shape)
-            if shape != size:
-                raise ValueError(f"views[{i}][{key!r}]: expected {list(size)} as the images are, got {list(shape)}")
-        return torch.cat([self.views[i][key] for i in views]).to(self.views[0]["img"].dtype)
+        return torch.cat([self._given(i, key, *size) for i in views]).to(self.views[0]["img"].dtype)
 
     def _dense(self, views: list[int], maps: Tensor, mask: Tensor, use: Tensor | bool) -> DenseInput:
         """Maps with zeros where a draw left them out: whatever they hold must not reach a weight's gradient."""
@@ -173,9 +177,14 @@ class ModalityReader:
 
     def _metric(self) -> Tensor:
         """[V * B] bool: the sample's inputs of this view are in metres."""
-        given = [view.get("is_metric_scale") for view in self.views]
         none = torch.zeros(self.batch, dtype=torch.bool, device=self.device)
-        return torch.cat([none if g is None else g.to(self.device).reshape(self.batch).bool() for g in given])
+        flags = []
+        for i, view in enumerate(self.views):
+            flag = view.get("is_metric_scale")
+            if flag is not None and (not isinstance(flag, Tensor) or flag.numel() != self.batch):
+                raise ValueError(f"views[{i}]['is_metric_scale']: expected a tensor [{self.batch}], got {flag!r}")
+            flags.append(none if flag is None else flag.to(self.device).reshape(self.batch).bool())
+        return torch.cat(flags)
 
     def _read_depth(self, out: Modalities, use: Tensor | bool) -> None:
         sparse = self.draw(self.config.sparse_depth_prob, 1, torch.device("cpu"))
@@ -261,14 +270,15 @@ class ModalityReader:
         out.translation = VectorInput(trans / per_row, mask)
         out.pose_scale = VectorInput(torch.log(per_row + EPS), mask & metric)
 
-    def _stacked(self, views: list[int], key: str) -> Tensor:
-        """[len(views), B, ...] in the images' dtype."""
-        return torch.stack([self.views[view][key].to(self.device, self.views[0]["img"].dtype) for view in views])
+    def _stacked(self, views: list[int], key: str, channels: int) -> Tensor:
+        """[len(views), B, channels] in the images' dtype."""
+        vectors = [self._given(view, key, self.batch, channels) for view in views]
+        return torch.stack([vector.to(self.device, self.views[0]["img"].dtype) for vector in vectors])
 
     def _relative_poses(self, views: list[int], mask: Tensor) -> tuple[Tensor, Tensor]:
         """Poses in the reference view's camera, [V * B, 4] and [V * B, 3]; identity where they are not used."""
-        absolute = self._stacked(views, "camera_pose_quats")  # [n, B, 4]
-        places = self._stacked(views, "camera_pose_trans")  # [n, B, 3]
+        absolute = self._stacked(views, "camera_pose_quats", 4)  # [n, B, 4]
+        places = self._stacked(views, "camera_pose_trans", 3)  # [n, B, 3]
         inverse = roma.quat_inverse(absolute[0])
         rotation = roma.unitquat_to_rotmat(inverse / inverse.norm(dim=-1, keepdim=True))  # [B, 3, 3]
         relative = roma.quat_product(inverse.expand_as(absolute), absolute)
@@ -288,7 +298,10 @@ class ModalityReader:
         for key in ("pts3d_cam", "valid_mask"):
             if key not in self.views[0]:
                 raise ValueError(f"views[0]: radial_scene_flow needs {key!r} of view 0, whose mean distance scales it")
-        points, valid = self.views[0]["pts3d_cam"], self.views[0]["valid_mask"]
+        size = (self.batch, *self.views[0]["img"].shape[-2:])
+        points, valid = self._given(0, "pts3d_cam", *size, 3), self._given(0, "valid_mask", *size)
+        if valid.dtype != torch.bool:
+            raise ValueError(f"views[0]['valid_mask']: expected bool, got {valid.dtype}")
         distance = points.norm(dim=-1).masked_fill(~valid, 0.0).flatten(1).sum(1)  # [B]
         factor = (distance / (valid.flatten(1).sum(1) + EPS)).clip(min=EPS)
         maps = self._maps(views, "radial_scene_flow", 3)

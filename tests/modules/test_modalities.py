@@ -357,6 +357,33 @@ def test_a_map_of_another_size_than_the_images_is_refused(key: str) -> None:
         read(given, train=False)
 
 
+WRONG: dict[str, tuple[int, str, Any, str]] = {
+    "poses of one sample": (
+        1,
+        "camera_pose_quats",
+        torch.zeros(1, 4),
+        r"expected a tensor \[2, 4\] as the .* \[1, 4\]",
+    ),
+    "matrices": (1, "camera_pose_trans", torch.zeros(2, 4, 4), r"expected a tensor \[2, 3\] as .* \[2, 4, 4\]"),
+    "no tensor": (1, "depth_along_ray", None, "expected a tensor .*, got None"),
+    "scale of another batch": (0, "is_metric_scale", torch.ones(3, dtype=torch.bool), r"expected a tensor \[2\]"),
+    "scale as a number": (0, "is_metric_scale", True, r"expected a tensor \[2\], got True"),
+    "points of one sample": (0, "pts3d_cam", torch.ones(1, 28, 42, 3), r"expected a tensor \[2, 28, 42, 3\]"),
+    "points of another size": (0, "pts3d_cam", torch.ones(2, 14, 14, 3), r"expected a tensor \[2, 28, 42, 3\]"),
+    "a mask of numbers": (0, "valid_mask", torch.ones(2, 28, 42), "expected bool, got torch.float32"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_does_not_fit_the_images_is_refused(name: str) -> None:
+    view, key, value, message = WRONG[name]
+    given = views()
+    assert given[0]["img"].shape == (2, 3, 28, 42)
+    given[view][key] = value
+    with pytest.raises(ValueError, match=rf"views\[{view}\]\['{key}'\]: {message}"):
+        read(given, train=False)
+
+
 def test_the_configurations_probabilities_are_forwards() -> None:
     given = views()
     off = small_model(small_config(modalities={"overall_prob": 0.0}))
