@@ -50,7 +50,7 @@ $(PYTHON) -m venv --clear $(1)
   $(1)/bin/python -m pip install --quiet --upgrade "pip>=23"
 endef
 
-# Interpreting takes one core a process.
+# Most tests take one core, the interpreter's all: two processes of one thread each.
 SIDE_BY_SIDE := -n 2
 
 # $(1): pytest's -m expression; $(2): environment. pytest exits with 5 when it ran no test, which is in order only
@@ -81,7 +81,7 @@ test: $(TEST_READY) ## linters, types and every test that needs no GPU, in .venv
 	$(call stage,3/7 mypy)
 	$(TEST_BIN)/mypy
 	$(call stage,4/7 pytest: CPU)
-	@$(call pytest,not gpu and not interpret and not aot and not nvcc)
+	@$(call pytest,not gpu and not interpret and not aot and not nvcc,OMP_NUM_THREADS=1,$(SIDE_BY_SIDE))
 	$(call stage,5/7 pytest: Triton kernels in the interpreter)
 	@$(call pytest_marked,interpret,TRITON_INTERPRET=1 OMP_NUM_THREADS=1,$(SIDE_BY_SIDE))
 	$(call stage,6/7 pytest: Triton kernels compiled ahead of time)
