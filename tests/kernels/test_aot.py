@@ -45,8 +45,8 @@ def test_every_op_with_kernels_lists_its_configurations() -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("module", kernel_modules())
-def test_production_configurations_compile(module: str, target: int) -> None:
-    """All cases of a module for one target; spills are reported, and bounded where the case bounds them."""
+def test_production_configurations_compile(module: str, target: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """All cases of a module for one target; what they take is printed, and bounded where the case bounds its spills."""
     from concurrent.futures import ThreadPoolExecutor
 
     from any4d_fast.kernels.aot import SHARED_MEMORY, AotCase, compile_case
@@ -61,4 +61,5 @@ def test_production_configurations_compile(module: str, target: int) -> None:
         )
         assert usage.shared <= SHARED_MEMORY[target], lines[-1]
         assert usage.spills <= case.max_spills, lines[-1]
-    print("\n".join(lines))
+    with capsys.disabled():
+        print("", *lines, sep="\n")
