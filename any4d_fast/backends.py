@@ -25,7 +25,7 @@ logger = logging.getLogger("any4d_fast")
 Reasons = Callable[..., list[str]]
 
 _REGISTRY: dict[str, dict[str, Reasons]] = {}
-_OVERRIDE: list[str] = []
+_OVERRIDE: list[list[str]] = []  # a list of its own for every block, to be found again by identity
 _LOGGED: set[tuple[str, str]] = set()
 
 EAGER = "eager"
@@ -54,18 +54,19 @@ def use_backend(name: str | None) -> Iterator[None]:
     Raises:
         BackendError: from the op, when it has the backend but the backend cannot run the call.
     """
-    _OVERRIDE.append(name or "auto")
+    own = [name or "auto"]
+    _OVERRIDE.append(own)
     try:
         yield
-    finally:
-        _OVERRIDE.pop()
+    finally:  # not the last one: other threads' blocks need not be inside of this one
+        _OVERRIDE[:] = [block for block in _OVERRIDE if block is not own]
 
 
 def _requested(op: str, backend: str | None) -> tuple[str | None, bool]:
     """The backend asked for, and whether the op must have it."""
     if backend is not None:
         return (None if backend == "auto" else backend), True
-    name = _OVERRIDE[-1] if _OVERRIDE else os.environ.get("ANY4D_FAST_BACKEND", "auto")
+    name = _OVERRIDE[-1][0] if _OVERRIDE else os.environ.get("ANY4D_FAST_BACKEND", "auto")
     return (None if name in ("auto", "") else name), False
 
 

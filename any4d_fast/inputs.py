@@ -267,7 +267,7 @@ def _radial_flows(read: list[_ReadView], depths: list[Tensor | None], order: lis
     if given_flows == [0]:
         warnings.warn(
             f"views[{order[0]}]: doppler is given for the reference view only, from which to itself no time passes; "
-            "it has no effect: give it for other views too",
+            "it says no more than a flow of zero: give it for other views too",
             stacklevel=3,
         )
     for position, depth in enumerate(depths):

@@ -19,6 +19,7 @@ from .head_precision import NARROW, head_dtype
 from .inference import AMP_DTYPES
 from .model import Any4D
 from .precision import EXACT
+from .switches import matmul_tf32
 
 # Longer than Python and Triton take to launch an operator: the device is still asleep when its work is queued, so that
 # the events around it enclose nothing else.
@@ -351,12 +352,8 @@ def _kinds(call: work.Call) -> dict[str, torch.dtype]:
 def _matmul_tflops(dtype: torch.dtype, device: torch.device) -> float:
     """Rate of a large square matmul; float32 with TF32, which upstream allows."""
     a, b = (torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=device, dtype=dtype) for _ in range(2))
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
+    with matmul_tf32(True):
         return 2 * MATMUL_SIZE**3 / _event_ms(lambda: a @ b) / 1e9
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _copy_tbps(device: torch.device) -> float:

@@ -109,6 +109,32 @@ def matmul_tf32(allowed: bool) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
+def _read_cudnn() -> tuple[bool, str, str]:
+    """The older interface's position, and the newer one's for convolutions and recurrent layers."""
+    cudnn = torch.backends.cudnn
+    newer = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+    try:
+        return cudnn.allow_tf32, *newer
+    except RuntimeError:  # they contradict each other
+        return newer[0] != "tf32", *newer
+
+
+def _write_cudnn(state: tuple[bool, str, str]) -> None:
+    cudnn = torch.backends.cudnn
+    cudnn.allow_tf32 = state[0]  # sets all
+    for part, precision in zip((cudnn.conv, cudnn.rnn), state[1:], strict=True):  # type: ignore[attr-defined]
+        if part.fp32_precision != precision:
+            part.fp32_precision = precision
+
+
+_CUDNN = _Switch(_read_cudnn, _write_cudnn)
+
+
+def cudnn_tf32(allowed: bool) -> contextlib.AbstractContextManager[None]:
+    """Allow TF32 to cuDNN, or not."""
+    return _CUDNN.at(lambda before: (allowed, *("tf32" if allowed else "ieee",) * 2))
+
+
 def _read_sums() -> tuple[bool, bool | None]:
     """Whether sums, and those of a split matmul, may be in float16; None: not in this PyTorch."""
     matmul = torch.backends.cuda.matmul

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from any4d_fast.switches import matmul_tf32
+
 FLUSH_BYTES = 256 << 20  # several times the 60 MB of L2 on Hopper
 # About 1 ms: more than an op's launches take, so that the queue never runs dry. With a quarter of it the medians of
 # some autograd calls were the host's: their 20th and 80th percentiles lay a factor of two and more apart.
@@ -68,12 +70,8 @@ def copy_tbps() -> float:
 def matmul_tflops(dtype: torch.dtype = torch.bfloat16) -> float:
     """Matmul rate at 8192 on random data, TFLOP/s; float32 in TF32."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(2))
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
+    with matmul_tf32(True):
         return 2 * 8192**3 / time_ms(lambda: a @ b)[0] / 1e9
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def peak_gb(make: Callable[[], Function]) -> tuple[Function, float]:

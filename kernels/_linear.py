@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from any4d_fast import backends
+from any4d_fast.switches import matmul_allows_tf32
 
 from ._rows import processors
 from .aot import AotCase
@@ -355,7 +356,7 @@ def launch(
             STORE_PRE=pre is not None,
             HAS_GAMMA=gamma is not None,
             HAS_SCALE=row_scale is not None,
-            PRECISION="tf32" if x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee",
+            PRECISION="tf32" if x.dtype == torch.float32 and matmul_allows_tf32() else "ieee",
             **tile.constants(),
             **options,
         )

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from any4d_fast.switches import matmul_allows_tf32
+
 from .aot import AotCase
 
 
@@ -61,7 +63,7 @@ def major(index: int | None) -> int:
 
 def precision(dtype: torch.dtype) -> str:
     """How `tl.dot` treats float32 operands, as PyTorch's matmul would; it ignores 16-bit ones."""
-    return "ieee" if dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32"
+    return "ieee" if dtype == torch.float32 and not matmul_allows_tf32() else "tf32"
 
 
 def tiles(dtype: torch.dtype, index: int | None) -> Tiles:

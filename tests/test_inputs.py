@@ -222,10 +222,10 @@ def test_doppler_is_normalised_by_the_references_depth_then_others_then_one_metr
 def test_doppler_of_the_reference_alone_warns() -> None:
     given_views = doppler_views()
     del given_views[1]["doppler"], given_views[2]["doppler"]
-    with pytest.warns(UserWarning, match="no effect"):
+    with pytest.warns(UserWarning, match="no more than a flow of zero"):
         prepare_views(given_views)
     given_views[1]["doppler"] = torch.full((H, W), math.nan)
-    with pytest.warns(UserWarning, match="no effect"):
+    with pytest.warns(UserWarning, match="no more than a flow of zero"):
         assert "radial_scene_flow" not in prepare_views(given_views).views[1]
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import backends
 from ..reference.resize_conv import resize_conv as reference_resize_conv
+from ..switches import matmul_allows_tf32
 from ._library import define
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -185,7 +186,7 @@ backends.register("resize_conv", triton=_triton_reasons, cudnn=_cudnn_reasons)
 
 def _exact(x: Tensor) -> bool:
     """Whether the Triton kernels would multiply without tensor cores."""
-    return x.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+    return x.dtype == torch.float32 and not matmul_allows_tf32()
 
 
 def _check(x: Tensor, size: tuple[int, int], weight3: Tensor, bias3: Tensor, weight1: Tensor, bias1: Tensor) -> None:
@@ -272,7 +273,7 @@ def resize_conv(
     if backends.select("resize_conv", backend, x, size, weight3, bias3, weight1, bias1, first=first) != "triton":
         return reference_resize_conv(x, size, weight3, bias3, weight1, bias1, wanted)
     result: Tensor = _ResizeConv.apply(
-        x, list(size), weight3, bias3, weight1.flatten(1), bias1, torch.backends.cuda.matmul.allow_tf32, wanted
+        x, list(size), weight3, bias3, weight1.flatten(1), bias1, matmul_allows_tf32(), wanted
     )
     return result
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from ..switches import cudnn_tf32, matmul_tf32
+
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Any]:
@@ -53,13 +55,8 @@ def deterministic(wanted: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def tensor_float(allowed: bool) -> Iterator[None]:
     """TF32, where it is allowed, for what autocast leaves in float32: the heads, as upstream trains them."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
-    try:
+    with matmul_tf32(allowed), cudnn_tf32(allowed):
         yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 @contextlib.contextmanager
