@@ -66,7 +66,7 @@ class CheckpointFolder:
         self.keep = keep
 
     def save(self, snapshot: Snapshot, config: Any4DConfig, canonical: Mapping[str, str]) -> Path:
-        """Write a checkpoint, then remove the oldest ones beyond `keep`; returns its folder."""
+        """Write a checkpoint, then remove the oldest ones beyond `keep` and damaged later ones; returns its folder."""
         target = self.folder / f"step-{snapshot.step:08d}"
         partial = self.folder / f"{_PARTIAL}{target.name}"
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -95,8 +95,11 @@ class CheckpointFolder:
             shutil.rmtree(target)
         os.replace(partial, target)
         flush(self.folder)
-        for old in self.steps()[: -self.keep]:
-            shutil.rmtree(self.folder / f"step-{old:08d}")
+        steps = self.steps()
+        # Later ones are damaged, or the run would have gone on from them: they must not count among those to keep.
+        kept = [step for step in steps if step <= snapshot.step][-self.keep :]
+        for other in set(steps) - set(kept):
+            shutil.rmtree(self.folder / f"step-{other:08d}")
         return target
 
     def steps(self) -> list[int]:
@@ -126,9 +129,13 @@ def damage(folder: Path) -> str | None:
     """Why a checkpoint cannot be read, or None."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        files = dict(manifest["files"])
+        files = {name: dict(manifest["files"][name]) for name in (WEIGHTS, AVERAGE, OPTIMIZER)}
+        step, _ = int(manifest["step"]), dict(manifest["settings"])
+        int(manifest["counters"]["skipped"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{MANIFEST} cannot be read ({error})"
+        return f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
+    if folder.name != f"step-{step:08d}":
+        return f"{MANIFEST} is damaged: it is of step {step}"
     for name, expected in files.items():
         try:
             found = _fingerprint(folder / name)

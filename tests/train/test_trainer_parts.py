@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -214,6 +217,40 @@ def test_half_a_checkpoint_is_not_taken(name: str, how: str, tmp_path: Path) -> 
     save(folder, 2)  # takes the damaged one's place
     again = folder.latest()
     assert again is not None and again[0].step == 2
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_damaged_later_checkpoints_do_not_push_out_whole_ones(keep: int, tmp_path: Path) -> None:
+    """A run that went on from before a damaged checkpoint stops again before it reaches that step."""
+    for step in (10, 20):
+        path = save(CheckpointFolder(tmp_path), step)
+    (path / "optimizer.pt").write_bytes(b"")
+    folder = CheckpointFolder(tmp_path, keep)
+    save(folder, 15)
+    assert folder.steps() == [10, 15][-keep:]
+    found = folder.latest()
+    assert found is not None and found[0].step == 15
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manifest: manifest.update(step=7),  # of another step than its folder says
+        lambda manifest: manifest.update(files={}),
+        lambda manifest: manifest["files"].update({"optimizer.pt": 3}),
+        *(lambda manifest, key=key: manifest.pop(key) for key in ("step", "files", "counters", "settings")),
+    ],
+)
+def test_a_manifest_of_something_else_is_not_taken(change: Callable[[dict[str, Any]], Any], tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    save(folder, 1)
+    path = save(folder, 2) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+    assert "manifest.json" in str(damage(path.parent))
+    found = folder.latest()
+    assert found is not None and found[0].step == 1
 
 
 def test_failed_write_leaves_the_checkpoints_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
