@@ -61,7 +61,7 @@ def losses(config: TrainConfig, order: str) -> Curve:
             given = INPUTS if step % 2 else ()
             trainer.optimizer.set_rate(learning_rate_factor(step, config.schedule))
             trainer.runner.run([Fed(ordered(batch, order), given)], step_seed(config.run.seed, 0, step))
-            trainer.average.update(ema_decay(step, config.schedule))
+            trainer.average.update(ema_decay(step, config.schedule), trainer.optimizer.norm.isfinite())
             found.append(trainer.runner.statistics.take(trainer.world)["loss"])
     return np.array(found)
 

@@ -63,7 +63,7 @@ def take_step(trainer: Trainer, fed: Fed) -> None:
     schedule = trainer.config.schedule
     trainer.optimizer.set_rate(learning_rate_factor(trainer.step, schedule))
     trainer.runner.run([fed], step_seed(trainer.config.run.seed, 0, trainer.step))
-    trainer.average.update(ema_decay(trainer.step, schedule))
+    trainer.average.update(ema_decay(trainer.step, schedule), trainer.optimizer.norm.isfinite())
     trainer.step += 1
 
 

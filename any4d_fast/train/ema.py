@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from .parallel import local
 
+_TOGETHER = 64  # parameters that are averaged at once: few launches, and little memory besides
+
 
 class Average:
     """Exponential moving average of the trained parameters that this process holds.
@@ -24,9 +26,20 @@ class Average:
         self.tensors: dict[str, Tensor] = {name: tensor.clone() for name, tensor in kept}
 
     @torch.no_grad()
-    def update(self, decay: float) -> None:
-        """average = decay * average + (1 - decay) * weights."""
-        torch._foreach_lerp_(list(self.tensors.values()), self._live, 1.0 - decay)
+    def update(self, decay: float, changed: Tensor) -> None:
+        """average = decay * average + (1 - decay) * weights, where the step changed the weights.
+
+        Args:
+            decay: of this step.
+            changed: [] bool on the weights' device: False leaves the averages as they are, without waiting for it.
+        """
+        averages, share = list(self.tensors.values()), (1.0 - decay) * changed
+        for first in range(0, len(averages), _TOGETHER):
+            part = averages[first : first + _TOGETHER]
+            # Not a lerp: its weight is a number of the host, or a tensor as large as the averages.
+            moves = torch._foreach_sub(self._live[first : first + _TOGETHER], part)
+            torch._foreach_mul_(moves, share)
+            torch._foreach_add_(part, moves)
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..config import ConfigError
 from .config import OptimizerOptions
 from .parallel import local
 
@@ -53,6 +54,11 @@ class Optimizer:
         self.options = options
         self.sharded = sharded
         self.parameters = [(n, p) for n, p in named if p.requires_grad]
+        if not self.parameters:
+            raise ConfigError(
+                f"optimizer.parts: expected a part of the model that is trained, got {options.parts}; give one of them "
+                "a factor above 0"
+            )
         device = self.parameters[0][1].device
         groups: dict[tuple[str, bool], list[int]] = {}
         for i, (name, parameter) in enumerate(self.parameters):

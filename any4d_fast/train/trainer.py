@@ -35,6 +35,7 @@ from .step import StepRunner, TrainingStep
 logger = logging.getLogger("any4d_fast.train")
 
 EXPORTED = "model.safetensors"
+_AGREE_EVERY = 50  # steps, where several processes never log: they stop together all the same
 SETTINGS = "config.toml"
 _TOKENIZERS = {
     "rays": ("ray_dirs_encoder",),
@@ -209,7 +210,7 @@ class Trainer:
         """All steps that are left."""
         options, schedule = self.config.run, self.config.schedule
         started = self._logged_at = time.monotonic()
-        self._logged_step = self.step
+        self._logged_step = self._reported_step = self.step
         self._skipped = int(self.optimizer.skipped)
         with stop_signals() as stopped:
             while self.step < schedule.steps:
@@ -224,7 +225,7 @@ class Trainer:
                 # Several processes must stop at the same step, and asking each other waits for the device.
                 stop = stopped() or late
                 if self.world.size > 1:
-                    stop = (due or last) and self.world.agree(stop)
+                    stop = (last or _due(self.step, options.log_every or _AGREE_EVERY)) and self.world.agree(stop)
                 if stop and not last:
                     self.save()
                     self.bar.say(f"stopped after step {self.step}; the same command goes on from here")
@@ -239,7 +240,7 @@ class Trainer:
         self.optimizer.set_rate(learning_rate_factor(step, config.schedule))
         fed = [self.ahead() for _ in range(config.schedule.accumulate)]
         self.runner.run(fed, step_seed(config.run.seed, self.world.rank, step))
-        self.average.update(ema_decay(step, config.schedule))
+        self.average.update(ema_decay(step, config.schedule), self.optimizer.norm.isfinite())
         self.step += 1
         self.bar.step(self.step)
 
@@ -248,8 +249,7 @@ class Trainer:
         values = self.runner.statistics.take(self.world)
         skipped = int(self.optimizer.skipped)
         now = time.monotonic()
-        steps = self.step - self._logged_step
-        rate = steps / max(now - self._logged_at, 1e-9)
+        rate = (self.step - self._logged_step) / max(now - self._logged_at, 1e-9)
         values |= {
             "lr": self.config.optimizer.lr * learning_rate_factor(self.step - 1, self.config.schedule),
             "skipped_steps": float(skipped),
@@ -258,17 +258,18 @@ class Trainer:
         }
         if self.world.device.type == "cuda":
             values["peak_memory_gb"] = torch.cuda.max_memory_allocated(self.world.device) / 1e9
-        broken = skipped - self._skipped
+        period, broken = self.step - self._reported_step, skipped - self._skipped
         self._logged_at, self._logged_step, self._skipped = now, self.step, skipped
+        self._reported_step = self.step
         if self.world.first:
             self.log.add(self.step, values)
             assert self.board is not None
             self.board.scalars(self.step, values, "train")
         shown = ("loss", "gradient_norm", "lr", "steps_per_second")
         self.bar.log(self.step, {name: values[name] for name in shown if name in values})
-        if steps >= 10 and broken == steps:
+        if period >= 10 and broken == period:
             raise TrainingError(
-                f"no gradient of the last {steps} steps was finite; the weights are those of before. Lower "
+                f"no gradient of the last {period} steps was finite; the weights are those of before. Lower "
                 'optimizer.lr or use run.heads = "tf32" or run.precision = "fp32", and look for broken data'
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -185,7 +186,8 @@ def test_step_without_finite_gradient_changes_nothing(tmp_path: Path, monkeypatc
     def recorded(self: Trainer) -> None:
         before(self)
         state = [t.clone() for s in self.optimizer.state().values() for t in s.values()]
-        seen.append([*(p.detach().clone() for p in self.model.parameters()), *state])
+        averages = [t.clone() for t in self.average.tensors.values()]
+        seen.append([*(p.detach().clone() for p in self.model.parameters()), *averages, *state])
 
     monkeypatch.setattr(Trainer, "_take_step", recorded)
     result = train(cases.settings(tmp_path, schedule={"steps": 4}), progress=False)
@@ -204,6 +206,18 @@ def test_nothing_but_broken_steps_is_an_error(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(BrokenBatch, "broken", range(100))
     with pytest.raises(TrainingError, match="no gradient of the last 10 steps"):
         train(cases.settings(tmp_path, schedule={"steps": 20}, run={"log_every": 10}), progress=False)
+
+
+@pytest.mark.parametrize(("broken", "ends"), [(range(5, 15), False), (range(100), True)])
+def test_a_validation_within_a_logging_period_hides_no_steps(
+    broken: range, ends: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "StreamSource", BrokenBatch)
+    monkeypatch.setattr(BrokenBatch, "broken", broken)
+    run = {"log_every": 25, "validate_every": 15, "checkpoint_every": 0}
+    config = cases.settings(tmp_path, schedule={"steps": 26}, run=run)
+    with pytest.raises(TrainingError, match="of the last 25 steps") if ends else contextlib.nullcontext():
+        assert train(config, progress=False).skipped == 10
 
 
 def test_fine_tuning_starts_from_upstreams_file(tmp_path: Path) -> None:

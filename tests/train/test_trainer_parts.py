@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from any4d_fast.config import ConfigError
 from any4d_fast.train import evaluate
 from any4d_fast.train.batch import INPUTS, Batch
 from any4d_fast.train.checkpoints import CheckpointFolder, Snapshot, damage
@@ -61,9 +62,10 @@ def test_average_by_hand() -> None:
     average = Average([("a", parameter), ("b", frozen)])
     with torch.no_grad():
         parameter += 1
-    average.update(0.75)
-    assert average.tensors.keys() == {"a"}
-    assert average.tensors["a"].tolist() == [2.25, -0.75]
+    for changed in (True, False):  # a step that changed nothing does not count
+        average.update(0.75, torch.tensor(changed))
+        assert average.tensors.keys() == {"a"}
+        assert average.tensors["a"].tolist() == [2.25, -0.75]
     with average.applied():
         assert parameter.tolist() == [2.25, -0.75]
     assert parameter.tolist() == [3.0, 0.0]
@@ -134,6 +136,12 @@ def test_broken_gradient_changes_nothing(value: float) -> None:
     assert optimizer.skipped.item() == 1
     assert not any(map(torch.equal, after, step(False)))
     assert optimizer.skipped.item() == 1
+
+
+def test_nothing_to_train_is_an_error() -> None:
+    frozen = [(name, parameter.requires_grad_(False)) for name, parameter in parameters()]
+    with pytest.raises(ConfigError, match=r"optimizer\.parts: expected a part of the model that is trained, got \{'"):
+        Optimizer(frozen, OptimizerOptions(parts={"encoder": 0.0}), sharded=False)
 
 
 def test_optimizer_state_is_of_these_parameters() -> None:
