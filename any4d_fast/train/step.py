@@ -22,7 +22,7 @@ from .batch import Batch
 from .config import InputOptions, TrainConfig
 from .inputs import training_views
 from .losses import LossConfig, compute_losses
-from .optimizer import Optimizer
+from .optimizer import Optimizer, part_of
 from .parallel import World
 from .sources import Fed
 
@@ -35,7 +35,12 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 class TrainingStep(nn.Module):
-    """The model with its inputs' draws and its losses, so that what wraps it wraps all of a step."""
+    """The model with its inputs' draws and its losses, so that what wraps it wraps all of a step.
+
+    Attributes:
+        sharded: its parameters are sharded over processes: those of inputs that a batch lacks get a gradient of zero,
+            because FSDP exchanges what has one, and that must be the same in all processes.
+    """
 
     def __init__(self, model: Any4D, inputs: InputOptions, loss: LossConfig) -> None:
         super().__init__()
@@ -43,6 +48,7 @@ class TrainingStep(nn.Module):
         self.inputs = inputs
         self.loss = loss
         self.modalities = inputs.drawn_by_model()
+        self.sharded = False
 
     def train(self, mode: bool = True) -> TrainingStep:
         super().train(mode)
@@ -61,7 +67,11 @@ class TrainingStep(nn.Module):
         outputs = self.model.run(views, self.modalities, None)
         with torch.autocast(batch.images.device.type, enabled=False):
             losses = compute_losses(outputs, batch, self.loss)
-        return losses.total, losses.terms
+        total = losses.total
+        if self.sharded:
+            tokenizers = (p for n, p in self.model.named_parameters() if p.requires_grad and part_of(n) == "tokenizers")
+            total = total + sum(0 * parameter.sum() for parameter in tokenizers)
+        return total, losses.terms
 
 
 class Statistics:

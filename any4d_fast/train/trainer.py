@@ -128,6 +128,7 @@ class Trainer:
         self.step_module = TrainingStep(self.model, config.inputs, config.loss).train()
         if config.run.parallel == "fsdp":
             parallel.shard(self.step_module, world)
+            self.step_module.sharded = True
         self.named = list(self.model.named_parameters())
         self.optimizer = Optimizer(self.named, config.optimizer, config.run.parallel == "fsdp")
         self.average = Average(self.named)

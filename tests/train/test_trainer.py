@@ -275,6 +275,46 @@ def test_clips_of_a_folder(tmp_path: Path) -> None:
     assert {row[column] == "0" for row in rows[1:]} == {True, False}
 
 
+def in_two_processes(code: str, folder: Path) -> None:
+    """Run code under torchrun, with the folder as its argument."""
+    script = folder.with_suffix(".py")
+    script.write_text(code)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(script), str(folder)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_processes_whose_clips_have_other_parts(kind: str, tmp_path: Path) -> None:
+    """At every step one process has a clip without geometry. They stop together, too, although nothing is logged."""
+    clip = ClipArrays.from_batch(next(held_out(cases.settings(tmp_path).data.stream, 1, 1)), 0)
+    write_clip(tmp_path / "clips" / "whole", clip)
+    write_clip(tmp_path / "clips" / "bare", ClipArrays(clip.images))
+    data = {
+        "source": "folder", "path": str(tmp_path / "clips"), "workers": 0, "held_out": str(tmp_path / "clips"),
+        "folder": {"views": 2, "sizes": [list(cases.SIZE)], "stride": [1, 1], "split": "all"},
+    }  # fmt: skip
+    code = (
+        "import os, sys, torch; torch.set_num_threads(1)\n"
+        "from tests import trainer_cases as cases\n"
+        "from any4d_fast.train import trainer\n"
+        "torch.distributed.init_process_group('gloo')\n"
+        "trainer._AGREE_EVERY = 2\n"
+        "def config(**more):\n"
+        f"    run = {{'parallel': {kind!r}, 'log_every': 0, **more}}\n"
+        f"    return cases.settings(sys.argv[1], data={data!r}, schedule={{'steps': 4}}, run=run)\n"
+        "assert trainer.train(config(max_seconds=1e-6), progress=False).step == 2\n"
+        "result = trainer.train(config(), progress=False)\n"
+        "assert result.finished and result.skipped == 0\n"
+        "os._exit(0)\n"
+    )
+    in_two_processes(code, tmp_path / "two")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_processes_are_the_larger_batch(kind: str, tmp_path: Path) -> None:
@@ -293,14 +333,7 @@ def test_two_processes_are_the_larger_batch(kind: str, tmp_path: Path) -> None:
         "assert train(config(), progress=False).finished\n"
         "os._exit(0)\n"  # Gloo's threads may wait for the interpreter's lock where it ends
     )
-    script = tmp_path / "run.py"
-    script.write_text(code)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(
-        [*command, str(tmp_path / "two")], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr
+    in_two_processes(code, tmp_path / "two")
     config = cases.settings(tmp_path / "one", data={"batch_size": 2}, inputs=always(), schedule=schedule)
     train(config, progress=False)
     assert_close_updates(cases.final_state(tmp_path / "two"), cases.final_state(tmp_path / "one"))
