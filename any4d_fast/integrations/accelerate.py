@@ -70,9 +70,10 @@ def accelerate(model: nn.Module) -> Report:
 
     Known are modules of UniCeption (so Any4D's original code and MapAnything), DINOv2 from torch.hub, from timm and in
     other packages' copies, and VGGT; they are found by the name of their class, and what they are made of is checked.
-    What does not fit stays as it is and is in the report. A swapped module keeps its parameters, buffers, hooks and
-    submodules, so state dicts and optimizers go on working; its class becomes a subclass of what it was. Nothing
-    global is changed. Gradients of gradients, and functorch's transforms, need `deaccelerate`.
+    What does not fit stays as it is and is in the report; after an error everything is as it was. A swapped module
+    keeps its parameters, buffers, hooks and submodules, so state dicts and optimizers go on working; its class becomes
+    a subclass of what it was. Nothing global is changed. Gradients of gradients, and functorch's transforms, need
+    `deaccelerate`.
 
     Call it before `fully_shard`; before or after DistributedDataParallel, `torch.compile`, `.to` or loading weights.
     Calling it again does nothing but report the same.
@@ -87,6 +88,17 @@ def accelerate(model: nn.Module) -> Report:
         TypeError: `model` is no module.
     """
     _check(model)
+    before = {module for module in model.modules() if isinstance(module, Swap)}
+    try:
+        return _swap_all(model)
+    except BaseException:
+        for module in model.modules():
+            if isinstance(module, Swap) and module not in before:
+                restore(module)
+        raise
+
+
+def _swap_all(model: nn.Module) -> Report:
     report = Report()
     for path, module in list(model.named_modules()):
         known = _find(module)

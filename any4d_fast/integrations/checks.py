@@ -45,6 +45,8 @@ def norm_reasons(module: nn.Module, name: str) -> list[str]:
         return [f"{name} is over {shape}, not over one dimension of at most {MAX_CHANNELS}"]
     if getattr(module, "_fast_norm", False):
         return [f"{name} normalises in 16 bits (timm's fast norm), ours in float32"]
+    if "forward" in module.__dict__:
+        return [f"the forward of {name} was replaced on the instance"]
     return []
 
 
@@ -81,9 +83,16 @@ def attention_reasons(module: nn.Module, known: Collection[str]) -> list[str]:
         reasons.append(f"qkv has {width} outputs, which are not 3 x {given.num_heads} heads")
     elif head_dim not in HEAD_DIMS:
         reasons.append(f"head_dim {head_dim} is not one of {', '.join(map(str, HEAD_DIMS))}")
+    elif not isinstance(given.scale, float):
+        reasons.append(f"scale is a {type(given.scale).__name__}, not head_dim ** -0.5")
     elif abs(given.scale * head_dim**0.5 - 1) > 1e-6:
         reasons.append(f"scale is {given.scale:g}, not head_dim ** -0.5")
     return reasons
+
+
+def erf_gelu(module: nn.Module) -> bool:
+    """Whether an activation is the GELU that the kernels have."""
+    return type(module) is nn.GELU and module.approximate == "none"
 
 
 def mlp_reasons(module: nn.Module) -> list[str]:
@@ -95,7 +104,7 @@ def mlp_reasons(module: nn.Module) -> list[str]:
     reasons = argument_reasons(module, ("x",))
     if type(given.fc1) is not nn.Linear:
         reasons.append(f"fc1 is {type(given.fc1).__name__}, not Linear")
-    if type(given.act) is not nn.GELU or given.act.approximate != "none":
+    if not erf_gelu(given.act):
         reasons.append(f"the activation is {given.act!r}, not GELU()")
     if not isinstance(getattr(given, "norm", nn.Identity()), nn.Identity):
         reasons.append(f"it normalises its hidden layer ({type(given.norm).__name__})")
@@ -112,14 +121,24 @@ def block_reasons(module: nn.Module, known: Collection[str]) -> list[str]:
     reasons += norm_reasons(given.norm1, "norm1") + norm_reasons(given.norm2, "norm2")
     for name in ("ls1", "ls2"):
         scale = getattr(given, name, None)
-        gamma = getattr(scale, "gamma", None)
-        if not isinstance(scale, nn.Identity | None) and not (isinstance(gamma, Tensor) and gamma.ndim == 1):
-            reasons.append(f"{name} is {type(scale).__name__} without one gamma a channel")
+        if not isinstance(scale, nn.Identity | None) and not layer_scale(scale):
+            reasons.append(f"{name} is {type(scale).__name__}, not LayerScale with one gamma a channel")
     for name in ("drop_path1", "drop_path2"):
         path = getattr(given, name, None)
-        if not isinstance(path, nn.Identity | None) and type(path).__name__ != "DropPath":
+        if not isinstance(path, nn.Identity | None) and not drop_path(path):
             reasons.append(f"{name} is {type(path).__name__}, not DropPath")
     return reasons
+
+
+def layer_scale(module: nn.Module) -> bool:
+    """Whether a module multiplies each channel by its gamma."""
+    gamma = getattr(module, "gamma", None)
+    return type(module).__name__ == "LayerScale" and isinstance(gamma, Tensor) and gamma.ndim == 1
+
+
+def drop_path(module: nn.Module) -> bool:
+    """Whether a module is stochastic depth that drops whole samples."""
+    return type(module).__name__ == "DropPath"
 
 
 def conv_reasons(module: nn.Module, name: str, kernel: int, stride: int = 1, padding: int = 0) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..modules.plain import plain, unhooked
+from ..modules.plain import plain
 from .checks import (
     argument_reasons,
     attention_reasons,
@@ -23,7 +23,7 @@ from .checks import (
     mlp_reasons,
 )
 from .recogniser import Recogniser
-from .swap import Swap, owner
+from .swap import Swap, owner, untouched
 from .transformer import FusedAttention, FusedBlock, FusedMlp
 
 LAYERS = r"(?:.*\.)?(?:dinov2\.layers|dinov2_layers|vggt\.layers)"
@@ -84,15 +84,19 @@ class VisionTransformer(Swap):
     cls_token: Tensor
     register_tokens: Tensor | None
 
+    def _passed_over(self) -> bool:
+        """Whether patches may be projected and tokens put together without calling the modules that do it."""
+        embed: Any = self.patch_embed
+        tensors = (embed.proj.weight, embed.proj.bias, self.cls_token, self.register_tokens)
+        return untouched(embed, embed.proj, embed.norm) and plain(*tensors)
+
     def prepare_tokens_with_masks(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
-        proj = self.patch_embed.proj
-        assert isinstance(proj, nn.Conv2d)
-        patch = self.patch_size
+        patch, embed = self.patch_size, self.patch_embed
         whole = x.shape[-2] % patch == 0 and x.shape[-1] % patch == 0
-        passed = unhooked(self.patch_embed, proj) and plain(proj.weight, proj.bias)
-        if masks is not None or not whole or not passed or not plain(self.cls_token, self.register_tokens):
+        if masks is not None or not whole or _embed_reasons(embed, patch) or not self._passed_over():
             found: Tensor = super().prepare_tokens_with_masks(x, masks)  # type: ignore[misc,operator]
             return found
+        proj: Any = embed.proj
         height, width = x.shape[-2:]
         tokens = (height // patch) * (width // patch)
         dtype = matmul_dtype(x)
@@ -113,16 +117,20 @@ def _transformer_reasons(module: nn.Module) -> list[str]:
         return absent
     given: Any = module
     embed = given.patch_embed
-    reasons = missing(embed, "proj", "norm") or conv_reasons(
-        embed.proj, "patch_embed.proj", given.patch_size, given.patch_size
-    )
+    reasons = _embed_reasons(embed, given.patch_size)
+    if owner(type(module), "prepare_tokens_with_masks") is not owner(type(module)):
+        reasons.append("its prepare_tokens_with_masks is another class's")
+    return reasons + argument_reasons(embed, ("x",))
+
+
+def _embed_reasons(embed: Any, patch: int) -> list[str]:
+    """Why patches are not made by one convolution of an image."""
+    reasons = missing(embed, "proj", "norm") or conv_reasons(embed.proj, "patch_embed.proj", patch, patch)
     if not reasons and embed.proj.in_channels != 3:
         reasons.append(f"images have {embed.proj.in_channels} channels, not 3")
     if not reasons and not isinstance(embed.norm, nn.Identity):
         reasons.append("it normalises its patches")
-    if owner(type(module), "prepare_tokens_with_masks") is not owner(type(module)):
-        reasons.append("its prepare_tokens_with_masks is another class's")
-    return reasons + argument_reasons(embed, ("x",))
+    return reasons
 
 
 GATED = "there is no kernel for gated MLPs; its layers run as they are"

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..modules.plain import plain, plain_linear, unhooked
+from ..modules.plain import plain, plain_linear
 from ..ops import Segments, attention_scale
-from .checks import launch_bound, matmul_dtype, norm_dtype, plain_norm
-from .swap import Swap
+from .checks import drop_path, erf_gelu, launch_bound, layer_scale, matmul_dtype, norm_dtype, plain_norm
+from .swap import Swap, untouched
 
 
 class FusedLayerNorm(Swap):
@@ -42,7 +42,8 @@ class FusedMlp(Swap):
     act: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        if not plain_linear(self.fc1) or not unhooked(self.act) or launch_bound(x):
+        known = plain_linear(self.fc1) and erf_gelu(self.act) and untouched(self.fc1, self.act)
+        if not known or launch_bound(x):
             found: Tensor = super().forward(x)
             return found
         dtype = matmul_dtype(x)
@@ -69,7 +70,7 @@ class FusedAttention(Swap):
         if launch_bound(x):
             return True
         drop = self.attn_drop
-        if isinstance(drop, nn.Module) and not unhooked(drop):
+        if isinstance(drop, nn.Module) and not (type(drop) is nn.Dropout and untouched(drop)):
             return True
         return self.training and (drop.p if isinstance(drop, nn.Module) else drop) > 0
 
@@ -124,8 +125,10 @@ class FusedBlock(Swap):
         if not isinstance(x, Tensor) or x.ndim != 3 or not x.is_floating_point() or launch_bound(x):
             return False
         scales = [m for m in (self._part("ls1"), self._part("ls2")) if m is not None]
-        passed = [*scales, *(m for m in self.paths() if m is not None)]
-        if not unhooked(*passed) or not plain(*(_gamma(scale) for scale in scales)):
+        paths = [m for m in self.paths() if m is not None]
+        if not all(map(layer_scale, scales)) or not all(map(drop_path, paths)) or not untouched(*scales, *paths):
+            return False
+        if not plain(*(_gamma(scale) for scale in scales)):
             return False
         return plain_norm(self.norm1) and plain_norm(self.norm2)
 
@@ -175,5 +178,5 @@ def _gamma(scale: nn.Module | None) -> Tensor | None:
 
 def _dtype_for(reader: nn.Module, x: Tensor) -> torch.dtype:
     """Dtype in which to hand a LayerNorm to its reader: that of its matrix product, where it begins with one."""
-    begins = isinstance(reader, (FusedAttention, FusedMlp)) and unhooked(reader)
+    begins = isinstance(reader, (FusedAttention, FusedMlp)) and untouched(reader)
     return matmul_dtype(x) if begins else norm_dtype(x)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..modules.dpt import doubled
-from ..modules.plain import plain, unhooked
+from ..modules.plain import plain
 from ..ops import resize_conv
 from .checks import (
     argument_reasons,
@@ -23,7 +23,7 @@ from .checks import (
 )
 from .dinov2 import DIFFERENTIAL, GATED
 from .recogniser import Recogniser
-from .swap import Swap, owner
+from .swap import Swap, owner, untouched
 from .timm import Mlp
 from .transformer import FusedAttention, FusedBlock
 
@@ -85,7 +85,7 @@ class Fusion(Swap):
     out_conv: nn.Module
 
     def forward(self, *xs: Tensor) -> Tensor:
-        if len(xs) > 2 or not unhooked(self.out_conv):
+        if len(xs) > 2 or _order_reasons(self) or not untouched(self.out_conv):
             found: Tensor = super().forward(*xs)
             return found
         x = xs[0]
@@ -98,7 +98,7 @@ class Regressor(Swap):
     """Resize, 3x3 convolution, ReLU and 1x1 convolution in one kernel."""
 
     conv1: nn.Module
-    conv2: nn.Sequential
+    conv2: Any
     checkpoint_gradient: bool
     output: Any
 
@@ -107,8 +107,10 @@ class Regressor(Swap):
         return {"output": _result_class(original)}
 
     def forward(self, dpt_processor_input: Any) -> Any:
-        parameters = tuple(self.conv2.parameters())
-        if not unhooked(self.conv2, *self.conv2) or not plain(*parameters) or len(parameters) != 4:
+        if _convolution_reasons(self.conv2) or not untouched(self.conv2, *self.conv2):
+            return super().forward(dpt_processor_input)
+        parameters = tuple(parameter for conv in self.conv2[::2] for parameter in (conv.weight, conv.bias))
+        if not plain(*parameters):
             return super().forward(dpt_processor_input)
         features = channels_last(self.conv1(dpt_processor_input.features_upsampled_8x)).permute(0, 2, 3, 1)
         height, width = dpt_processor_input.target_output_shape
@@ -145,13 +147,17 @@ def _fusion_reasons(module: nn.Module) -> list[str]:
     absent = missing(module, "out_conv", "resConfUnit2", "skip_add", "width_ratio", "expand", "align_corners")
     if absent:
         return absent
-    given: Any = module
-    reasons = conv_reasons(given.out_conv, "out_conv", 1)
-    if given.width_ratio != 1:
-        reasons.append(f"it resizes by another ratio (width_ratio {given.width_ratio:g})")
-    if not given.align_corners:
+    return _order_reasons(module) + argument_reasons(module, ("xs",))
+
+
+def _order_reasons(module: Any) -> list[str]:
+    """Why the resize and what follows it are not those that commute here."""
+    reasons = conv_reasons(module.out_conv, "out_conv", 1)
+    if module.width_ratio != 1:
+        reasons.append(f"it resizes by another ratio (width_ratio {module.width_ratio:g})")
+    if not module.align_corners:
         reasons.append("its resize does not align corners")
-    return reasons + argument_reasons(module, ("xs",))
+    return reasons
 
 
 def _regressor_reasons(module: nn.Module) -> list[str]:
@@ -159,15 +165,21 @@ def _regressor_reasons(module: nn.Module) -> list[str]:
     if absent:
         return absent
     given: Any = module
-    layers = list(given.conv2)
+    reasons = _convolution_reasons(given.conv2)
+    if _result_class(type(module)) is None:
+        reasons.append("the class of its result is not known here")
+    return reasons + argument_reasons(module, ("dpt_processor_input",))
+
+
+def _convolution_reasons(module: nn.Module) -> list[str]:
+    """Why a module is not a 3x3 convolution, ReLU and a 1x1 convolution."""
+    layers: list[Any] = list(module) if type(module) is nn.Sequential else []
     if len(layers) != 3 or type(layers[1]) is not nn.ReLU:
         return ["conv2 is not convolution, ReLU, convolution"]
     reasons = conv_reasons(layers[0], "conv2[0]", 3, padding=1) + conv_reasons(layers[2], "conv2[2]", 1)
     if not reasons and (layers[0].bias is None or layers[2].bias is None):
         reasons.append("a convolution of conv2 has no bias")
-    if _result_class(type(module)) is None:
-        reasons.append("the class of its result is not known here")
-    return reasons + argument_reasons(module, ("dpt_processor_input",))
+    return reasons
 
 
 TABLE = (

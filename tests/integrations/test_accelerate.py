@@ -248,7 +248,7 @@ def test_what_does_not_fit_is_kept_and_named() -> None:
         "blocks.0": "norm1 is RMSNorm, not LayerNorm",
         "blocks.0.attn": "it has no qkv, proj, proj_drop, num_heads, attn_drop, scale",
         "blocks.0.mlp": "there is no kernel for gated MLPs; its layers run as they are",
-        "blocks.1": "ls1 is Linear without one gamma a channel",
+        "blocks.1": "ls1 is Linear, not LayerScale with one gamma a channel",
         "blocks.1.attn": "scale is 1, not head_dim ** -0.5",
         "blocks.1.mlp": "the activation is GELU(approximate='tanh'), not GELU()",
     }
