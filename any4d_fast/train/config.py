@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,7 +54,8 @@ class DataOptions:
     Attributes:
         source: "stream" renders clips as they are needed; "folder" reads clips of the format in docs/dataset.md.
         path: the folder.
-        held_out: a folder of clips for validation; without one, a folder's run is not validated.
+        held_out: a folder of clips for validation; without one, the clips of `path` that `folder.held_out` holds out,
+            or none where `folder.split` trains on them too.
         batch_size: clips of one forward pass, per process.
         workers: processes that read clips of a folder.
         stream: what rendered clips are drawn from.
@@ -73,6 +75,7 @@ class DataOptions:
         _require(self.workers >= 0, "data.workers", self.workers, "at least 0")
         needs = self.source == "folder"
         _require((self.path is not None) == needs, "data.path", self.path, "a folder" if needs else "none for a stream")
+        _require(needs or self.held_out is None, "data.held_out", self.held_out, "none for a stream")
 
 
 @dataclass(frozen=True)
@@ -138,12 +141,14 @@ class OptimizerOptions:
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, "optimizer.lr", self.lr, "above 0")
+        _require(0 < self.lr < math.inf, "optimizer.lr", self.lr, "a number above 0")
         unknown = sorted(set(self.parts) - set(PARTS))
         _require(not unknown, "optimizer.parts", unknown, f"names among {', '.join(PARTS)}")
-        _require(all(v >= 0 for v in self.parts.values()), "optimizer.parts", self.parts, "factors of at least 0")
+        factors = all(0 <= v < math.inf for v in self.parts.values())
+        _require(factors, "optimizer.parts", self.parts, "factors of at least 0")
         _require(all(0 <= beta < 1 for beta in self.betas), "optimizer.betas", self.betas, "two numbers in [0, 1)")
-        _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "at least 0")
+        _require(0 <= self.eps < math.inf, "optimizer.eps", self.eps, "at least 0")
+        _require(0 <= self.weight_decay < math.inf, "optimizer.weight_decay", self.weight_decay, "at least 0")
         _require(self.clip >= 0, "optimizer.clip", self.clip, "at least 0")
 
 
@@ -218,10 +223,14 @@ class RunOptions:
     export_dtype: Literal["fp32", "fp16"] = "fp32"
 
     def __post_init__(self) -> None:
-        for name, least in (("log_every", 0), ("validate_every", 0), ("checkpoint_every", 0), ("keep", 1)):
-            _require(getattr(self, name) >= least, f"run.{name}", getattr(self, name), f"at least {least}")
-        _require(self.validation_clips >= 1, "run.validation_clips", self.validation_clips, "at least 1")
-        _require((self.validation_batch or 1) >= 1, "run.validation_batch", self.validation_batch, "at least 1")
+        for name in ("log_every", "validate_every", "checkpoint_every", "pictures"):
+            _require(getattr(self, name) >= 0, f"run.{name}", getattr(self, name), "at least 0")
+        for name in ("validation_clips", "keep"):
+            _require(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), "at least 1")
+        batch = self.validation_batch
+        _require(batch is None or batch >= 1, "run.validation_batch", batch, "at least 1")
+        _require(self.output != "", "run.output", self.output, "a folder")
+        _require(0 <= self.seed < 2**64, "run.seed", self.seed, "a number from 0 to 2^64 - 1")
         _require(self.max_seconds >= 0, "run.max_seconds", self.max_seconds, "at least 0")
         plain = self.parallel == "none" and not self.compile
         _require(not self.cuda_graph or plain, "run.cuda_graph", True, 'parallel = "none" and compile = false')
@@ -242,6 +251,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         accumulated = self.run.cuda_graph and self.schedule.accumulate > 1
         _require(not accumulated, "schedule.accumulate", self.schedule.accumulate, "1 with run.cuda_graph")
+        weights = self.loss.weights()
+        _require(any(weights.values()), "loss", weights, "at least one weight above 0")
 
     @classmethod
     def load(

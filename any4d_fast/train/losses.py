@@ -29,8 +29,10 @@ by m and detached, so that it trains nothing but the scale.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +49,11 @@ Outputs = dict[str, Tensor]
 Robust = tuple[float, float]
 
 
+def _require(condition: bool, name: str, value: Any, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"LossConfig.{name}: expected {expected}, got {value!r}")
+
+
 @dataclass(frozen=True)
 class LossConfig:
     """Weights and options of `compute_losses`.
@@ -60,6 +67,9 @@ class LossConfig:
         robust: replace every norm by Barron's general robust loss (arXiv 1701.03077) of the residual, as MapAnything.
         robust_alpha, robust_scale: its shape, 0 < alpha < 2, and its scale c; 0.5 and 0.05 in MapAnything.
         backend: of the per-pixel losses: "triton", "eager" or None (automatic).
+
+    Raises:
+        ValueError: a value outside what is possible; the message names it.
     """
 
     rays: float = 1.0
@@ -77,6 +87,14 @@ class LossConfig:
     robust_alpha: float = 0.5
     robust_scale: float = 0.05
     backend: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (*self.weights().items(), ("dynamic_weight", self.dynamic_weight)):
+            _require(0 <= value < math.inf, name, value, "a weight, 0 or more")
+        _require(0 <= self.confidence_alpha < math.inf, "confidence_alpha", self.confidence_alpha, "0 or more")
+        _require(0 < self.robust_alpha < 2, "robust_alpha", self.robust_alpha, "a number above 0 and below 2")
+        _require(0 < self.robust_scale < math.inf, "robust_scale", self.robust_scale, "a number above 0")
+        _require(self.backend in (None, "triton", "eager"), "backend", self.backend, '"triton", "eager" or None')
 
     def weights(self) -> dict[str, float]:
         """Weight of every term, by name."""

@@ -94,8 +94,10 @@ def start(kind: str, device: str | None) -> World:
 def _checked(name: str) -> torch.device:
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"run.device: expected cuda, cuda:N or cpu, got {name!r}") from error
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cuda", "cpu"):
+        raise ConfigError(f"run.device: expected cuda, cuda:N or cpu, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"run.device: {device} is not there; PyTorch sees {torch.cuda.device_count()} CUDA devices")
     return device

@@ -105,6 +105,12 @@ class FolderSource:
         if data.held_out is not None:
             return ClipFolder(data.held_out, dataclasses.replace(data.folder, split="all"))
         assert data.path is not None
+        if data.folder.split != "train":
+            logger.warning(
+                "no validation: data.folder.split is %r, so that training sees the clips that are held out; "
+                "name a folder of others in data.held_out", data.folder.split,
+            )  # fmt: skip
+            return None
         try:
             return ClipFolder(data.path, dataclasses.replace(data.folder, split="held_out"))
         except MediaError as error:
@@ -126,8 +132,9 @@ class FolderSource:
         batches = loader(
             self._held_out, size, epochs=1, shuffle=False, num_workers=self._data.workers, pin_memory=self._pinned
         )
-        for _, batch in zip(range(-(-count // size)), batches, strict=False):
-            yield self._fed(batch)
+        for first, batch in zip(range(0, count, size), batches, strict=False):
+            wanted = min(size, count - first)
+            yield self._fed(Batch(**{name: tensor[:wanted] for name, tensor in batch._tensors().items()}))
 
     def notes(self) -> dict[str, float]:
         return {"skipped_clips": float(self._batches.skipped)}

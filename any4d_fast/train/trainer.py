@@ -189,7 +189,10 @@ class Trainer:
         wanted = self.config.run.compile
         if not wanted:
             return step
-        compiled = torch.compile(step, mode=wanted if isinstance(wanted, str) else None)
+        try:
+            compiled = torch.compile(step, mode=wanted if isinstance(wanted, str) else None)
+        except RuntimeError as error:  # its message lists the modes that this PyTorch has
+            raise ConfigError(f"run.compile: expected a mode of torch.compile, got {wanted!r} ({error})") from error
         assert isinstance(compiled, nn.Module)
         return compiled
 

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from any4d_fast import Any4D, head_precision
 from any4d_fast.config import PRESETS, ConfigError
-from any4d_fast.train import sources
+from any4d_fast.train import parallel, sources
 from any4d_fast.train.checkpoints import OPTIMIZER, CheckpointFolder
 from any4d_fast.train.dataset import ClipArrays, write_clip
 from any4d_fast.train.stream import held_out
 from any4d_fast.train.trainer import Trainer, TrainingError, opened, train
 from tests import trainer_cases as cases
+from tests.clip_folders import small
 
 ROOT = Path(__file__).parents[2]
 
@@ -273,6 +274,29 @@ def test_clips_of_a_folder(tmp_path: Path) -> None:
     rows = [line.split(",") for line in cases.losses(tmp_path / "run")]
     column = rows[0].index("rotation")
     assert {row[column] == "0" for row in rows[1:]} == {True, False}
+
+
+def test_validation_clips_of_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As many as asked for, and never clips that are trained on."""
+    for number in range(5):
+        write_clip(tmp_path / "clips" / f"clip{number}", small(3, hw=cases.SIZE))
+    folder = {"views": 2, "sizes": [list(cases.SIZE)], "stride": [1, 1]}
+    base = {"source": "folder", "path": str(tmp_path / "clips"), "workers": 0}
+    world = parallel.start("none", "cpu")
+
+    def source(**more: Any) -> sources.FolderSource:
+        data = cases.settings(tmp_path, data={**base, **more}).data
+        return sources.FolderSource(data, (), 0, world, 0)
+
+    given = source(held_out=str(tmp_path / "clips"), folder={**folder, "split": "all"})
+    for count, batches in ((4, [2, 2]), (3, [2, 1]), (1, [1]), (9, [2, 2, 1])):
+        assert [len(fed.batch) for fed in given.held_out(count, 2)] == batches
+    split = source(folder={**folder, "held_out": 0.5})
+    assert split._held_out is not None and 0 < len(split._held_out) < 5
+    assert "no validation" not in caplog.text
+    for name in ("all", "held_out"):
+        assert list(source(folder={**folder, "held_out": 0.5, "split": name}).held_out(2, 1)) == []
+        assert f"no validation: data.folder.split is {name!r}" in caplog.text
 
 
 def in_two_processes(code: str, folder: Path) -> None:

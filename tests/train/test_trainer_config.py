@@ -12,6 +12,7 @@ from any4d_fast.train import toml
 from any4d_fast.train.__main__ import main
 from any4d_fast.train.config import CONFIGS, TrainConfig, differences
 from any4d_fast.train.parallel import start
+from any4d_fast.train.trainer import train
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.toml")))
@@ -49,6 +50,23 @@ def test_assignments() -> None:
         ("data.stream.num_views=0", r"StreamConfig\.num_views"),
         ("data=3", r"data: expected a table \[data\], got 3"),
         ("schedule.warmup=11", r"schedule\.warmup: expected between 0 and schedule\.steps, got 11"),
+        ("loss.rays=-1", r"LossConfig\.rays: expected a weight, 0 or more, got -1\.0"),
+        ("loss.flow=nan", r"LossConfig\.flow: expected a weight, 0 or more, got nan"),
+        ("loss.dynamic_weight=-3", r"LossConfig\.dynamic_weight"),
+        ("loss.confidence_alpha=inf", r"LossConfig\.confidence_alpha"),
+        ("loss.robust_alpha=2", r"LossConfig\.robust_alpha: expected a number above 0 and below 2, got 2\.0"),
+        ("loss.robust_scale=0", r"LossConfig\.robust_scale"),
+        ("loss.backend=cudnn", r"LossConfig\.backend"),
+        ("optimizer.lr=inf", r"optimizer\.lr: expected a number above 0, got inf"),
+        ("optimizer.eps=-1", r"optimizer\.eps"),
+        ("optimizer.weight_decay=inf", r"optimizer\.weight_decay"),
+        ("optimizer.parts.pose=nan", r"optimizer\.parts: expected factors of at least 0"),
+        ("run.seed=-1", r"run\.seed: expected a number from 0 to 2\^64 - 1, got -1"),
+        ("run.seed=18446744073709551616", r"run\.seed"),
+        ("run.validation_batch=0", r"run\.validation_batch: expected at least 1, got 0"),
+        ("run.pictures=-1", r"run\.pictures"),
+        ("run.output=", r"run\.output: expected a folder, got ''"),
+        ("data.held_out=clips", r"data\.held_out: expected none for a stream, got 'clips'"),
         ("schedule", r"--set: expected key=value"),
         ("data.batch_size.x=1", r"--set: data\.batch_size\.x: 'batch_size' is a value"),
     ],
@@ -56,6 +74,22 @@ def test_assignments() -> None:
 def test_configuration_errors(assignment: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TrainConfig.load("smoke", [assignment])
+
+
+def test_a_loss_needs_a_term() -> None:
+    names = ("rays", "rotation", "translation", "depth", "points", "flow", "scale", "mask")
+    with pytest.raises(ConfigError, match="loss: expected at least one weight above 0"):
+        TrainConfig.load("smoke", [f"loss.{name}=0" for name in names])
+
+
+def test_what_only_this_machine_can_refuse(tmp_path: Path) -> None:
+    output = f"run.output={tmp_path}"
+    for assignment, message in (
+        ("run.compile=banana", r"run\.compile: expected a mode of torch\.compile, got 'banana' \(.*reduce-overhead"),
+        ("run.device=meta", r"run\.device: expected cuda, cuda:N or cpu, got 'meta'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            train(TrainConfig.load("smoke", [output, assignment]), progress=False)
 
 
 def test_graph_needs_one_plain_process() -> None:
