@@ -172,7 +172,7 @@ class ClipFolder(Dataset[Batch]):
 
     def _split(self, name: str) -> str:
         group = self.path.resolve().name if name == "." else name.partition("/")[0]
-        digest = hashlib.blake2b(group.encode(), digest_size=_HASH_BITS // 8).digest()
+        digest = hashlib.blake2b(os.fsencode(group), digest_size=_HASH_BITS // 8).digest()
         return "held_out" if int.from_bytes(digest, "big") < self.config.held_out * 2**_HASH_BITS else "train"
 
 

@@ -218,7 +218,8 @@ def _read_flow_files(folder: Path, images: Mapping[str, Path]) -> dict[str, dict
 
 
 def _only(folder: Path, name: str, suffixes: Collection[str] = _MATRIX_SUFFIXES) -> Path | None:
-    found = [folder / f"{name}{suffix}" for suffix in suffixes if (folder / f"{name}{suffix}").exists()]
+    entries = [entry for entry in _entries(folder) if entry.stem == name]
+    found = [entry for suffix in suffixes for entry in entries if entry.suffix.lower() == suffix]
     if len(found) > 1:
         raise MediaError(f"{found[1]}: the clip has {found[0].name} too; expected one of them")
     return found[0] if found else None

@@ -181,7 +181,11 @@ def _rename(temporary: Path, target: Path) -> None:
     else:
         old = target.parent / f".tmp-{secrets.token_hex(8)}"
         target.rename(old)
-        temporary.rename(target)
+        try:
+            temporary.rename(target)
+        except BaseException:
+            old.rename(target)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     with contextlib.suppress(OSError):
         # Some file systems cannot flush a folder; the clip is complete either way.
@@ -304,6 +308,7 @@ def _write_flow(folder: Path, clip: ClipArrays, names: list[str], hw: tuple[int,
         )
         if values is not None
     }
+    _check_masks(masks, flow)
     for (reference, target), values in flow.items():
         if values.ndim != 3 or values.shape[-1] != 3 or values.dtype.kind != "f":
             raise ValueError(f"scene_flow: expected [h, w, 3] floats, got {list(values.shape)} {values.dtype}")
@@ -316,6 +321,20 @@ def _write_flow(folder: Path, clip: ClipArrays, names: list[str], hw: tuple[int,
         file.parent.mkdir(parents=True, exist_ok=True)
         # Compressed: what stands still is exactly zero and takes no room.
         np.savez_compressed(file, flow=values.astype(np.float32), **extra)
+
+
+def _check_masks(masks: Mapping[str, Mapping[tuple[int, int], Array]], flow: Mapping[tuple[int, int], Array]) -> None:
+    """Raise unless every mask is one of flow that is there, as the reader wants it."""
+    for key, by_pair in masks.items():
+        name = "flow_mask" if key == "valid" else "dynamic_mask"
+        for pair, mask in by_pair.items():
+            if pair not in flow:
+                raise ValueError(f"{name}: frames {pair}: expected scene_flow for them too, got none")
+            if mask.shape != flow[pair].shape[:2] or mask.dtype.kind not in "biu":
+                size = list(flow[pair].shape[:2])
+                raise ValueError(
+                    f"{name}: frames {pair}: expected {size} booleans as the flow, got {list(mask.shape)} {mask.dtype}"
+                )
 
 
 def _by_pair(values: Maps, name: str, count: int) -> dict[tuple[int, int], Array]:

@@ -80,7 +80,7 @@ def test_a_folder_written_by_hand_in_other_forms(tmp_path: Path) -> None:
     for number in (8, 9, 10, 11):
         Image.fromarray(np.full((28, 42, 3), 10 * number, np.uint8)).save(clip / "images" / f"f{number}.jpg")
         Image.fromarray(np.full((28, 42), 256 * number, np.uint16)).save(clip / "depth" / f"f{number}.png")
-    (clip / "intrinsics.txt").write_text("40 40 20.5 13.5\n")
+    (clip / "intrinsics.TXT").write_text("40 40 20.5 13.5\n")
     (clip / "poses.txt").write_text("".join(f"{i} {i} 0 0 0 0 0.70711 0.70711\n" for i in range(4)))
     (clip / "clip.json").write_text(json.dumps({"is_metric": False, "depth_unit": 1 / 256}))
     dataset = ClipFolder(tmp_path, WHOLE)

@@ -26,6 +26,8 @@ from tests.clip_folders import (
     small,
 )
 
+FLOW = np.zeros((3, 28, 42, 3), np.float32)
+
 
 @pytest.fixture(autouse=True)
 def no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,6 +235,22 @@ def test_a_clip_is_replaced_only_when_asked_and_only_by_a_good_one(tmp_path: Pat
     assert clips_of(one(tmp_path)) == [2] and [p.name for p in tmp_path.iterdir()] == ["clip"]
 
 
+def test_a_clip_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_clip(tmp_path / "clip", small(3, level=1))
+    calls, original = [], Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        calls.append(target)
+        if len(calls) == 2:  # the old clip is out of the way
+            raise OSError(28, "No space left on device")
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(MediaError, match="clip: cannot write here .No space left"):
+        write_clip(tmp_path / "clip", small(3, level=2), overwrite=True)
+    assert clips_of(one(tmp_path)) == [1] and [p.name for p in tmp_path.iterdir()] == ["clip"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -247,6 +265,12 @@ def test_a_clip_is_replaced_only_when_asked_and_only_by_a_good_one(tmp_path: Pat
         ({"scene_flow": np.ones((2, 28, 42, 3))}, "scene_flow: expected one map for each of the 3 frames"),
         ({"scene_flow": {(0, 3): np.ones((28, 42, 3))}}, r"scene_flow: expected frames 0 to 2, got \(0, 3\)"),
         ({"scene_flow": {(0, 1): np.ones((28, 42, 2))}}, r"scene_flow: expected \[h, w, 3\] floats"),
+        ({"scene_flow": FLOW, "flow_mask": np.ones((3, 28, 41), bool)}, r"flow_mask: .* expected \[28, 42\] booleans"),
+        ({"scene_flow": FLOW, "dynamic_mask": np.ones((3, 28, 42))}, r"dynamic_mask: frames \(0, 1\): .* float64"),
+        (
+            {"scene_flow": {(0, 1): FLOW[1]}, "flow_mask": {(0, 2): FLOW[2, ..., 0] == 0}},
+            r"\(0, 2\): expected scene_",
+        ),
         ({"intrinsics": np.eye(3)[None].repeat(2, 0)}, "holds 2 matrices, expected 1 or 3"),
         ({"static": True, "scene_flow": np.zeros((3, 28, 42, 3))}, "the clip is static"),
     ],

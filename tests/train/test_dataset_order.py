@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pickle
 import random
 import shutil
@@ -106,6 +107,17 @@ def test_the_split_is_by_name_and_of_whole_folders(tmp_path: Path) -> None:
     assert again == parts["held_out"] - {"scene0"}
     with pytest.raises(MediaError, match="none of its 42 clips is in the split 'held_out'"):
         ClipFolder(tmp_path, DatasetConfig(split="held_out", held_out=0))
+
+
+def test_names_that_are_no_unicode(tmp_path: Path) -> None:
+    """File systems know bytes; the split is by them."""
+    write_clip(tmp_path / "clip", small(3))
+    os.rename(tmp_path / "clip", os.fsencode(tmp_path) + b"/caf\xe9")
+    found = [
+        ClipFolder(tmp_path, DatasetConfig(split=split, held_out=share))
+        for split, share in (("train", 0), ("held_out", 1))
+    ]
+    assert [len(folder) for folder in found] == [1, 1]
 
 
 def test_clips_are_found_in_folders_links_and_hidden_ones_are_not(tmp_path: Path) -> None:
