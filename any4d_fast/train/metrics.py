@@ -41,6 +41,9 @@ THRESHOLDS = (0.1, 0.3, 0.5, 1.0)
 """Metres, of the average of points within a distance (APD); the first is the inliers'."""
 _AUC = (5, 15, 30)
 _NAN = math.nan
+_READ = ("pts3d", "depth_along_ray", "scene_flow", "cam_quats", "cam_trans")
+_FRACTIONS = ("_apd", "_inlier", "_delta", "_auc")
+"""Parts of the names of what is better the larger it is."""
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -121,14 +124,25 @@ def evaluate(outputs: Sequence[Outputs], batch: Batch) -> dict[str, Tensor]:
         batch: B samples of V views.
 
     Returns:
-        [B] float32 each, NaN where a sample lacks the ground truth or the model the output.
+        [B] float32 each, NaN where a sample lacks the ground truth or the model the output. A prediction that is not
+        finite has infinite errors and fractions of 0.
 
     Raises:
         ValueError: another number of views than the batch's.
     """
     if len(outputs) != batch.num_views:
         raise ValueError(f"outputs: expected one dictionary for each of {batch.num_views} views, got {len(outputs)}")
+    results = _evaluate(outputs, batch)
+    finite = [{key: torch.nan_to_num(x, 1.0, 1.0, 1.0) for key, x in o.items() if key in _READ} for o in outputs]
+    if any(not torch.equal(x, o[key]) for o, known in zip(outputs, finite, strict=True) for key, x in known.items()):
+        # What a finite prediction has a number for is not undefined: it must not drop out of an average.
+        for name, value in _evaluate(finite, batch).items():
+            worst = 0.0 if any(part in name for part in _FRACTIONS) else math.inf
+            results[name] = torch.where(results[name].isnan() & ~value.isnan(), worst, results[name])
+    return results
 
+
+def _evaluate(outputs: Sequence[Outputs], batch: Batch) -> dict[str, Tensor]:
     def stacked(key: str) -> Tensor | None:
         return torch.stack([output[key].float() for output in outputs], 1) if key in outputs[0] else None
 
@@ -139,7 +153,7 @@ def evaluate(outputs: Sequence[Outputs], batch: Batch) -> dict[str, Tensor]:
     ratio = torch.full((len(batch),), _NAN, device=batch.images.device)
     if points is not None:
         pred_distance, distance = (masked_mean(x.norm(dim=-1), batch.points_mask) for x in (points, batch.pts3d))
-        ratio = distance / pred_distance
+        ratio = distance / pred_distance.masked_fill(pred_distance.isinf(), _NAN)  # by 0 it would be no motion
         metric_only = torch.where(batch.is_metric, 1.0, _NAN)
         results["scale_error"] = (pred_distance / distance - 1).abs() * metric_only
         error = (points * _per_pixel(ratio) - batch.pts3d).norm(dim=-1)
@@ -202,7 +216,8 @@ def _poses(quats: Tensor, trans: Tensor, ratio: Tensor, batch: Batch) -> dict[st
     """Errors of camera-to-world poses; view 0's, the identity by definition, counts in pairs only."""
     pred, target = quats_trans_to_pose(quats, trans), batch.camera_poses.float()
     known = batch.has_poses
-    angles = rotation_angle(pred[:, 1:, :3, :3], target[:, 1:, :3, :3])
+    # A rotation that is not finite counts in the median as the worst.
+    angles = rotation_angle(pred[:, 1:, :3, :3], target[:, 1:, :3, :3]).nan_to_num(math.inf)
     later = known[:, None].expand(angles.shape)
     identity = torch.eye(4, device=target.device)
     results = {

@@ -244,6 +244,33 @@ def test_what_is_not_known_is_not_measured() -> None:
     assert found["flow_epe"] == found["flow_epe_static"] == 0
 
 
+@pytest.mark.parametrize("value", [NAN, math.inf, -math.inf])
+@pytest.mark.parametrize("key", ["pts3d", "depth_along_ray", "scene_flow", "cam_quats", "cam_trans"])
+def test_a_prediction_that_is_not_finite_stays_in_the_average(key: str, value: float) -> None:
+    batch = make_batch()
+    outputs, good = right(batch), numbers(right(batch), batch)
+    outputs[1][key] = torch.full_like(outputs[1][key], value)
+    found = numbers(outputs, batch)
+    assert found.keys() == good.keys() and not any(math.isnan(found[name]) for name in good if good[name] == good[name])
+    changed = {name for name in good if found[name] != good[name] and good[name] == good[name]}
+    assert changed  # fractions fall below 1, and errors are infinite
+    assert all(found[name] < 1 if good[name] == 1 else found[name] == math.inf for name in changed)
+    unknown = make_batch(has_poses=torch.tensor([False]), depth_mask=torch.zeros_like(batch.depth_mask))
+    for name in numbers(right(unknown), unknown):
+        assert math.isnan(numbers(outputs, unknown)[name]) == math.isnan(numbers(right(unknown), unknown)[name])
+
+
+def test_a_single_pixel_that_is_not_finite_counts_where_there_is_truth() -> None:
+    batch = make_batch()
+    batch.depth_mask[0, 1, 0, 3] = False
+    outputs = right(batch)
+    outputs[1]["depth_along_ray"] = outputs[1]["depth_along_ray"].clone()
+    outputs[1]["depth_along_ray"][0, 0, 3] = math.inf
+    assert numbers(outputs, batch)["depth_abs_rel"] == 0
+    outputs[1]["depth_along_ray"][0, 0, 2] = NAN
+    assert numbers(outputs, batch)["depth_abs_rel"] == math.inf
+
+
 def test_one_view() -> None:
     batch = make_batch()
     batch = Batch(**{k: v[:, :1] if v.ndim > 1 else v for k, v in vars(batch).items()})
