@@ -13,13 +13,14 @@ checkpoint before it is taken.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,11 @@ class CheckpointFolder:
         self.keep = keep
 
     def save(self, snapshot: Snapshot, config: Any4DConfig, canonical: Mapping[str, str]) -> Path:
-        """Write a checkpoint, then remove the oldest ones beyond `keep` and damaged later ones; returns its folder."""
+        """Write a checkpoint, then remove the oldest ones beyond `keep` and damaged later ones; returns its folder.
+
+        Raises:
+            OSError: it cannot be written; the ones before it are as they were.
+        """
         target = self.folder / f"step-{snapshot.step:08d}"
         partial = self.folder / f"{_PARTIAL}{target.name}"
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -78,19 +83,24 @@ class CheckpointFolder:
             OPTIMIZER: lambda path: _save_tensors(snapshot.optimizer, path),
         }
         files: dict[str, dict[str, int]] = {}
-        for name, write in writers.items():
-            write(partial / name)
-            files[name] = _fingerprint(partial / name)
-        manifest = {
-            "step": snapshot.step,
-            "counters": dict(snapshot.counters),
-            "files": files,
-            "torch": torch.__version__,
-            "settings": dict(snapshot.settings),
-        }
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for path in (*partial.iterdir(), partial):
-            flush(path)
+        try:
+            with writing(target):
+                for name, write in writers.items():
+                    write(partial / name)
+                    files[name] = _fingerprint(partial / name)
+                manifest = {
+                    "step": snapshot.step,
+                    "counters": dict(snapshot.counters),
+                    "files": files,
+                    "torch": torch.__version__,
+                    "settings": dict(snapshot.settings),
+                }
+                (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+                for path in (*partial.iterdir(), partial):
+                    flush(path)
+        except OSError:
+            shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
+            raise
         if target.exists():  # damaged, or the run would have gone on from it
             shutil.rmtree(target)
         os.replace(partial, target)
@@ -123,6 +133,17 @@ class CheckpointFolder:
         """Remove what a process left that died while it wrote."""
         for path in self.folder.glob(f"{_PARTIAL}*"):
             shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What libraries raise when a disk is full or gone, each its own error, as an OSError that names the path."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise OSError(f"{path}: cannot be written ({error})") from error
 
 
 def damage(folder: Path) -> str | None:

@@ -20,7 +20,7 @@ from ..config import ConfigError
 from ..io.atomic import atomic_path
 from ..model import Any4D
 from . import fresh, parallel, toml
-from .checkpoints import WEIGHTS, CheckpointFolder, Snapshot
+from .checkpoints import WEIGHTS, CheckpointFolder, Snapshot, writing
 from .config import TrainConfig, differences
 from .ema import Average
 from .logging import Bar, Board, CsvLog
@@ -375,7 +375,8 @@ class Trainer:
         if self.world.first:
             dtype = torch.float16 if self.config.run.export_dtype == "fp16" else torch.float32
             cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in average.items()}
-            save_safetensors(cast, self.canonical, self.model.config, path, steps=self.step)
+            with writing(path):
+                save_safetensors(cast, self.canonical, self.model.config, path, steps=self.step)
             self.bar.say(f"wrote {path}: {path.stat().st_size / 2**20:.1f} MiB")
         self.world.barrier()
         return path

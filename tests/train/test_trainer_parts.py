@@ -6,6 +6,8 @@ import csv
 import dataclasses
 import json
 import math
+import resource
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -272,9 +274,25 @@ def test_failed_write_leaves_the_checkpoints_alone(tmp_path: Path, monkeypatch: 
     with pytest.raises(OSError, match="No space left"):
         save(folder, 2)
     monkeypatch.undo()
-    assert folder.steps() == [1]
+    assert folder.steps() == [1] and not list(tmp_path.glob(".partial-*"))
     save(folder, 2)
-    assert not list(tmp_path.glob(".partial-*"))
+
+
+@pytest.mark.parametrize("room", [100, 600, 1500])
+def test_a_full_disk_is_an_error_that_names_the_checkpoint(room: int, tmp_path: Path) -> None:
+    """In the first file, in the optimizer's, each of which another library writes."""
+    folder = CheckpointFolder(tmp_path)
+    save(folder, 1)
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "step-00000001").iterdir()}
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1][1]))
+    try:
+        with pytest.raises(OSError, match=r"step-00000002: cannot be written \(.*"):
+            save(folder, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before[1])
+        signal.signal(signal.SIGXFSZ, before[0])
+    assert max(sizes.values()) > room and folder.steps() == [1] and not list(tmp_path.glob(".partial-*"))
 
 
 def test_csv_log(tmp_path: Path) -> None:
