@@ -158,6 +158,6 @@ def norm_dtype(x: Tensor) -> torch.dtype:
 
 def matmul_dtype(x: Tensor) -> torch.dtype:
     """What `F.linear` computes in: autocast's dtype where it is on, which leaves float64 alone."""
-    kind = x.device.type
-    rounded = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    kind = x.device.type  # autocast does not know of "meta", on which models are counted and planned
+    rounded = kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
     return torch.get_autocast_dtype(kind) if rounded else x.dtype

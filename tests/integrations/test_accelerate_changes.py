@@ -86,6 +86,16 @@ def test_what_is_changed_afterwards_counts(name: str, change: Callable[[nn.Modul
         assert any(relative_error(old, new) > 1e-4 for old, new in zip(before, theirs, strict=True))
 
 
+@pytest.mark.parametrize("name", ["timm", pytest.param("dinov2", marks=needs_oracles)])
+def test_shapes_without_data(name: str) -> None:
+    found = pair(name)
+    shapes = [
+        [out.shape for out in found.family.call(model.to("meta"), found.x.detach().to("meta"), found.size)]
+        for model in (found.ours, found.theirs)
+    ]
+    assert shapes[0] == shapes[1]
+
+
 def test_an_error_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     model = lively(TimmTransformer(2, DIM, 2))
     accelerate(model.get_submodule("blocks.0"))
