@@ -205,7 +205,8 @@ class Trainer:
         with atomic_path(self.folder / SETTINGS) as path:
             path.write_text(self.config.to_toml(), encoding="utf-8")
         self.log = CsvLog(self.folder / "metrics.csv", self.step)
-        self.validation_log = CsvLog(self.folder / "validation.csv", self.step)
+        last = self.step == self.config.schedule.steps  # whose validation comes after its checkpoint, and now again
+        self.validation_log = CsvLog(self.folder / "validation.csv", self.step - last)
         self.board = Board(self.folder / "tensorboard", self.step)
         if self.step:
             self.bar.say(f"going on from step {self.step} of {self.folder}")
