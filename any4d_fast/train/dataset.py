@@ -16,6 +16,7 @@ import itertools
 import logging
 import os
 import random
+import signal
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -267,6 +268,7 @@ class ClipLoader(Iterator[Batch]):
             collate_fn=_collate,
             pin_memory=pin_memory,
             multiprocessing_context=context if num_workers else None,
+            worker_init_fn=_leave_signals,
             # Its own: DataLoader would take a number from the global generator, and a resumed run would differ.
             generator=Generator(),
         )
@@ -294,6 +296,15 @@ class ClipLoader(Iterator[Batch]):
     def close(self) -> None:
         """End the worker processes; there are no more batches after it."""
         self._batches = iter(())
+
+
+def _leave_signals(worker: int) -> None:
+    """Ctrl-C, and a cluster's SIGTERM, reach the whole process group: who reads the batches decides what they mean.
+
+    There, a worker that ended by itself would be an error. It ends when it is told to, or its parent is gone.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Samples(Dataset[Sample | MediaError]):

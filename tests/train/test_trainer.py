@@ -108,6 +108,34 @@ def test_stopped_by_sigterm_and_resumed(unbroken: Path, tmp_path: Path, monkeypa
     assert_same_run(tmp_path, unbroken)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_leaves_a_checkpoint(number: int, tmp_path: Path) -> None:
+    """Ctrl-C in a terminal reaches the processes that read clips too."""
+    for clip in range(2):
+        write_clip(tmp_path / "clips" / f"clip{clip}", small(3, hw=cases.SIZE))
+    folder = {"views": 2, "sizes": [list(cases.SIZE)], "stride": [1, 1], "split": "all"}
+    data = {"source": "folder", "path": str(tmp_path / "clips"), "workers": 2, "folder": folder}
+    code = (
+        "import torch; torch.set_num_threads(1)\n"
+        "from tests import trainer_cases as cases\n"
+        "from any4d_fast.train.trainer import train\n"
+        f"config = cases.settings({str(tmp_path / 'run')!r}, data={data!r}, schedule={{'steps': 10_000}})\n"
+        "raise SystemExit(0 if train(config).finished else 75)\n"
+    )
+    command, environment = [sys.executable, "-c", code], {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    child = subprocess.Popen(
+        command, cwd=ROOT, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    assert child.stderr is not None
+    lines: list[str] = []
+    while not lines or not lines[-1].startswith("step "):
+        lines.append(child.stderr.readline())
+        assert lines[-1], lines
+    os.killpg(child.pid, number)
+    lines += child.stderr
+    assert child.wait(60) == 75, lines
+
+
 @pytest.mark.parametrize("where", ["step", "checkpoint"])
 def test_killed_and_resumed(where: str, unbroken: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.trainer_cases", where, str(tmp_path)]
