@@ -122,9 +122,15 @@ def environment() -> dict[str, str]:
 
 
 def _commit() -> str:
-    command = ("git", "rev-parse", "--short", "HEAD")
+    """Of the checkout that this file is part of; nothing where it is installed, be it inside of another project."""
+    here = Path(__file__)
+    tracked = _git("ls-files", "--error-unmatch", here.name, folder=here.parent)
+    return _git("rev-parse", "--short", "HEAD", folder=here.parent) if tracked else ""
+
+
+def _git(*arguments: str, folder: Path) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+        done = subprocess.run(("git", *arguments), capture_output=True, text=True, check=False, cwd=folder)
     except OSError:
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""

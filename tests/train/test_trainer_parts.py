@@ -8,6 +8,7 @@ import json
 import math
 import resource
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -361,6 +362,25 @@ def test_held_out_table(tmp_path: Path) -> None:
     assert len(lines) == len(rows) and lines[0]["inputs"] == "images" and lines[0]["clips"] == "3"
     assert {"commit", "torch", "device", "date"} <= lines[0].keys()
     assert evaluate.as_text(rows).splitlines()[0].startswith("inputs")
+
+
+def test_the_commit_is_of_this_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of a project that it is installed in."""
+    monkeypatch.delenv("ANY4D_FAST_COMMIT", raising=False)
+
+    def git(*arguments: str) -> str:
+        command = ("git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments)
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "somebody's")
+    installed = tmp_path / "site-packages" / "evaluate.py"
+    installed.parent.mkdir()
+    installed.touch()
+    monkeypatch.setattr(evaluate, "__file__", str(installed))
+    assert evaluate.environment()["commit"] == ""
+    git("add", "-f", str(installed))
+    assert evaluate.environment()["commit"] == git("rev-parse", "--short", "HEAD")
 
 
 def test_zero_flow_is_the_baseline(batch: Batch) -> None:
