@@ -39,8 +39,9 @@ class CsvLog:
         with open(self.path, newline="") as file:
             reader = csv.DictReader(file)
             self.columns = list(reader.fieldnames or ())
-            # A machine that failed may leave a cut row at the end.
-            return [row for row in reader if (row.get("step") or "").isdigit() and None not in row.values()]
+            # A machine that failed may leave a cut row at the end; a disk that was full, one that goes on in the next.
+            whole = (row for row in reader if None not in row and None not in row.values())
+            return [row for row in whole if row.get("step", "").isdigit()]
 
     def _rewrite(self, rows: Sequence[Mapping[str, str]]) -> None:
         with atomic_path(self.path) as temporary, open(temporary, "w", newline="") as file:

@@ -310,6 +310,10 @@ def test_csv_log(tmp_path: Path) -> None:
         file.write("4,0.")  # a machine that failed
     CsvLog(path, resumed_at=3).add(4, {"loss": 0.125, "rate": 1.0})
     assert path.read_text().splitlines()[-2:] == ["3,0.25,4", "4,0.125,1"]
+    with open(path, "a") as file:
+        file.write("5,0.6,0.5,1\n7,0.5,1\n")  # a disk that was full in between
+    CsvLog(path, resumed_at=7)
+    assert path.read_text().splitlines()[-2:] == ["4,0.125,1", "7,0.5,1"]
 
 
 def test_no_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
