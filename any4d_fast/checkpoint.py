@@ -244,12 +244,20 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], path: Path, *,
     tensors = _completed(model, tensors, path)
     mismatch = compare(model, tensors)
     if mismatch and strict:
-        raise CheckpointError(f"{path}: does not fit the model: {mismatch}")
+        raise CheckpointError(f"{path}: does not fit the model{_other_origin(path, model)}: {mismatch}")
     if mismatch:
         logger.warning("%s: loaded without %s", path, mismatch)
     wrong = {line.split(" ")[0] for line in mismatch.shapes}
     model.load_state_dict({k: v for k, v in tensors.items() if k not in wrong}, strict=False)
     return mismatch
+
+
+def _other_origin(path: Path, model: nn.Module) -> str:
+    """Where a file says of which model it is, and that is another one: its name."""
+    config, stored = getattr(model, "config", None), _header_config(path)
+    if not isinstance(config, Any4DConfig) or stored is None or stored.name == config.name:
+        return ""
+    return f" {config.name!r}, and its header says that it is of {stored.name!r}"
 
 
 def load_submodules(model: nn.Module, source: str | os.PathLike[str], prefixes: list[str] | None) -> None:
@@ -289,8 +297,12 @@ def stored_config(path: Path) -> Any4DConfig:
     Raises:
         CheckpointError: for a stored configuration that cannot be read.
     """
+    return _header_config(path) or preset("any4d")
+
+
+def _header_config(path: Path) -> Any4DConfig | None:
     if path.suffix != ".safetensors":
-        return preset("any4d")
+        return None
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -299,7 +311,7 @@ def stored_config(path: Path) -> Any4DConfig:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file, or truncated ({error})") from error
     if text is None:
-        return preset("any4d")
+        return None
     try:
         return _without_sources(from_upstream(**json.loads(text)))
     except (ValueError, TypeError, AttributeError, KeyError) as error:  # no JSON, or not of a configuration's form
@@ -328,8 +340,13 @@ def save_safetensors(
         save_file(once, temporary, metadata=metadata)
 
 
-def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], config: Any4DConfig) -> int:
+def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], config: Any4DConfig | None = None) -> int:
     """Check a checkpoint against a configuration and write it as `.safetensors`; returns the number of tensors.
+
+    Args:
+        source: path or Hugging Face id.
+        target: the file to write.
+        config: by default the one that the file holds, or the released architecture's.
 
     Raises:
         CheckpointError: when it does not fit, or the target's suffix is another.
@@ -339,6 +356,7 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], conf
     if Path(target).suffix != ".safetensors":
         raise CheckpointError(f"{target}: expected a path that ends in .safetensors")
     path = find_checkpoint(source)
+    config = stored_config(path) if config is None else config
     with torch.device("meta"):
         model = Any4D.from_config(config)
     tensors = _completed(model, read_state_dict(path), path)

@@ -196,14 +196,17 @@ def _error_rows(errors: Errors) -> dict[str, str]:
 def convert(
     source: Annotated[str, typer.Argument(help="Checkpoint: .pth as upstream saves it, or .safetensors.")],
     target: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
-    preset: Annotated[str, typer.Option(help="Architecture of the checkpoint.")] = "any4d",
+    preset: Preset = None,
 ) -> None:
-    """Check a checkpoint and write it as .safetensors, each tensor once."""
+    """Check a checkpoint and write it as .safetensors, each tensor once.
+
+    Without --preset: of the architecture that the file names, or the released one.
+    """
     with _plain_errors():
         from .checkpoint import convert as convert_checkpoint
         from .config import preset as preset_config
 
-        count = convert_checkpoint(source, target, preset_config(preset))
+        count = convert_checkpoint(source, target, preset_config(preset) if preset else None)
         typer.echo(f"wrote {target}: {count} tensors, {target.stat().st_size / 2**20:.1f} MiB")
 
 
@@ -237,6 +240,8 @@ def profile(
             raise ValueError(f"--size: expected HEIGHTxWIDTH, got {size!r}")
         names = MODALITIES if modalities == "all" else tuple(name for name in modalities.split(",") if name)
         model, _ = load_model(checkpoint, preset or (None if checkpoint else "any4d"), device)
+        if next(model.parameters()).device.type == "cpu":
+            typer.echo("on a CPU this takes minutes; --preset tiny, --runs 1 or a GPU is faster", err=True)
         settings = {"dtype": dtype, "precision": precision}
         found = measure(model, views, chosen, batch=batch, modalities=names, runs=runs, **settings)
         typer.echo(json.dumps(found.as_dict(), indent=2) if as_json else render(found))

@@ -418,5 +418,11 @@ def test_the_convert_command(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert f"wrote {target}" in result.output
     assert equal(Any4D.from_pretrained(target).state_dict(), model.state_dict())
+    again = tmp_path / "again.safetensors"
+    result = CliRunner().invoke(app, ["convert", str(target), str(again)])  # the file knows its architecture
+    assert result.exit_code == 0, result.output
+    assert again.read_bytes() == target.read_bytes()
+    with pytest.raises(CheckpointError, match="the model 'small', and its header says that it is of 'tiny': "):
+        checkpoint.load_checkpoint(Any4D.from_config(small_config()), target)
     result = CliRunner().invoke(app, ["convert", str(tmp_path / "none.pth"), str(target), "--preset", "tiny"])
     assert result.exit_code == 2

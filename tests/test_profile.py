@@ -113,6 +113,6 @@ def test_the_command_prints_a_table_or_json() -> None:
     assert done.exit_code == 0, done.output
     assert "CPU wall time" in done.output and "geometry head" in done.output
     done = CliRunner().invoke(app, [*arguments, "--json", "--modalities", "all", "--dtype", "fp32"])
-    found = json.loads(done.output)
+    found = json.loads(done.stdout)
     assert found["dtype"] == "fp32" and len(found["rows"]) == len(STAGES) and found["modalities"] == list(MODALITIES)
     assert CliRunner().invoke(app, [*arguments[:-4], "--size", "518"]).exit_code == 2

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..modules.plain import plain
+from ..modules.plain import plain, unhooked
 from .checks import (
     argument_reasons,
     attention_reasons,
@@ -23,7 +23,7 @@ from .checks import (
     mlp_reasons,
 )
 from .recogniser import Recogniser
-from .swap import Swap, owner, untouched
+from .swap import Swap, owner
 from .transformer import FusedAttention, FusedBlock, FusedMlp
 
 LAYERS = r"(?:.*\.)?(?:dinov2\.layers|dinov2_layers|vggt\.layers)"
@@ -88,7 +88,7 @@ class VisionTransformer(Swap):
         """Whether patches may be projected and tokens put together without calling the modules that do it."""
         embed: Any = self.patch_embed
         tensors = (embed.proj.weight, embed.proj.bias, self.cls_token, self.register_tokens)
-        return untouched(embed, embed.proj, embed.norm) and plain(*tensors)
+        return unhooked(embed, embed.proj, embed.norm) and plain(*tensors)
 
     def prepare_tokens_with_masks(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
         patch, embed = self.patch_size, self.patch_embed

@@ -42,11 +42,6 @@ def owner(cls: type, method: str = "forward") -> type:
     return next(base for base in unwrapped(cls).__mro__ if method in base.__dict__)
 
 
-def untouched(*modules: nn.Module) -> bool:
-    """Whether these may be left uncalled: nobody hooked them, or replaced their forward (as device maps do)."""
-    return unhooked(*modules) and not any("forward" in module.__dict__ for module in modules)
-
-
 class Swap(nn.Module):
     """Methods that take the place of a module's own; `super()` in them is the module's own class."""
 
@@ -63,7 +58,7 @@ class Swap(nn.Module):
     def _part(self, name: str) -> nn.Module | None:
         """A submodule; None where there is none, or one that does nothing and that nobody watches."""
         found = self._modules.get(name)
-        return None if isinstance(found, nn.Identity) and untouched(found) else found
+        return None if isinstance(found, nn.Identity) and unhooked(found) else found
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         found = super().__reduce_ex__(max(int(protocol), 2))

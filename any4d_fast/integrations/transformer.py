@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..modules.plain import plain, plain_linear
+from ..modules.plain import plain, plain_linear, unhooked
 from ..ops import Segments, attention_scale
 from .checks import drop_path, erf_gelu, launch_bound, layer_scale, matmul_dtype, norm_dtype, plain_norm
-from .swap import Swap, untouched
+from .swap import Swap
 
 
 class FusedLayerNorm(Swap):
@@ -42,7 +42,7 @@ class FusedMlp(Swap):
     act: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        known = plain_linear(self.fc1) and erf_gelu(self.act) and untouched(self.fc1, self.act)
+        known = plain_linear(self.fc1) and erf_gelu(self.act) and unhooked(self.act)
         if not known or launch_bound(x):
             found: Tensor = super().forward(x)
             return found
@@ -70,7 +70,7 @@ class FusedAttention(Swap):
         if launch_bound(x):
             return True
         drop = self.attn_drop
-        if isinstance(drop, nn.Module) and not (type(drop) is nn.Dropout and untouched(drop)):
+        if isinstance(drop, nn.Module) and not (type(drop) is nn.Dropout and unhooked(drop)):
             return True
         return self.training and (drop.p if isinstance(drop, nn.Module) else drop) > 0
 
@@ -126,7 +126,7 @@ class FusedBlock(Swap):
             return False
         scales = [m for m in (self._part("ls1"), self._part("ls2")) if m is not None]
         paths = [m for m in self.paths() if m is not None]
-        if not all(map(layer_scale, scales)) or not all(map(drop_path, paths)) or not untouched(*scales, *paths):
+        if not all(map(layer_scale, scales)) or not all(map(drop_path, paths)) or not unhooked(*scales, *paths):
             return False
         if not plain(*(_gamma(scale) for scale in scales)):
             return False
@@ -178,5 +178,5 @@ def _gamma(scale: nn.Module | None) -> Tensor | None:
 
 def _dtype_for(reader: nn.Module, x: Tensor) -> torch.dtype:
     """Dtype in which to hand a LayerNorm to its reader: that of its matrix product, where it begins with one."""
-    begins = isinstance(reader, (FusedAttention, FusedMlp)) and untouched(reader)
+    begins = isinstance(reader, (FusedAttention, FusedMlp)) and unhooked(reader)
     return matmul_dtype(x) if begins else norm_dtype(x)

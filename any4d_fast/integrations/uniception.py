@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..modules.dpt import doubled
-from ..modules.plain import plain
+from ..modules.plain import plain, unhooked
 from ..ops import resize_conv
 from .checks import (
     argument_reasons,
@@ -23,7 +23,7 @@ from .checks import (
 )
 from .dinov2 import DIFFERENTIAL, GATED
 from .recogniser import Recogniser
-from .swap import Swap, owner, untouched
+from .swap import Swap, owner
 from .timm import Mlp
 from .transformer import FusedAttention, FusedBlock
 
@@ -85,7 +85,7 @@ class Fusion(Swap):
     out_conv: nn.Module
 
     def forward(self, *xs: Tensor) -> Tensor:
-        if len(xs) > 2 or _order_reasons(self) or not untouched(self.out_conv):
+        if len(xs) > 2 or _order_reasons(self) or not unhooked(self.out_conv):
             found: Tensor = super().forward(*xs)
             return found
         x = xs[0]
@@ -107,7 +107,7 @@ class Regressor(Swap):
         return {"output": _result_class(original)}
 
     def forward(self, dpt_processor_input: Any) -> Any:
-        if _convolution_reasons(self.conv2) or not untouched(self.conv2, *self.conv2):
+        if _convolution_reasons(self.conv2) or not unhooked(self.conv2, *self.conv2):
             return super().forward(dpt_processor_input)
         parameters = tuple(parameter for conv in self.conv2[::2] for parameter in (conv.weight, conv.bias))
         if not plain(*parameters):

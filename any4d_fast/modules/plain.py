@@ -8,9 +8,14 @@ from torch import Tensor, nn
 
 
 def unhooked(*modules: nn.Module) -> bool:
-    """Whether nobody would notice that these modules are not called."""
+    """Whether these may be left uncalled: nobody hooked them, or replaced their forward (as device maps do)."""
     return not any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules
+        m._forward_hooks
+        or m._forward_pre_hooks
+        or m._backward_hooks
+        or m._backward_pre_hooks
+        or "forward" in m.__dict__
+        for m in modules
     )
 
 

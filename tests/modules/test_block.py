@@ -93,6 +93,18 @@ def test_an_adapter_is_called(gated: bool, name: str) -> None:
 
 
 @pytest.mark.parametrize(("gated", "name"), EVERY)
+def test_a_forward_replaced_on_the_instance_is_called(gated: bool, name: str) -> None:
+    """As device maps and wrappers of other packages do."""
+    block, calls = made(gated), []
+    layer = block.get_submodule(name)
+    before = layer.forward
+    layer.forward = lambda x: (calls.append(name), before(x))[1]  # type: ignore[method-assign,assignment]
+    for actual, expected in zip(step(block), step(made(gated)), strict=True):
+        torch.testing.assert_close(actual, expected)
+    assert calls == [name]
+
+
+@pytest.mark.parametrize(("gated", "name"), EVERY)
 def test_hooks_run(gated: bool, name: str) -> None:
     ran: list[str] = []
 
