@@ -12,10 +12,13 @@ def copy_engine_reads(x: Tensor) -> bool:
 
 
 def evenly_spaced(maps: Tensor) -> Tensor:
-    """The map [N, H, W, C] itself if one stride walks its pixels in row-major order, else a contiguous copy."""
+    """The map [N, H, W, C] itself if one stride walks its pixels in row-major order, else a copy that one does.
+
+    The copy lies as `like_map` does: a kernel may write a gradient in the order of channels that it reads.
+    """
     _, height, width, _ = maps.shape
     _, down, across, _ = maps.stride()
-    return maps if height == 1 or width == 1 or down == width * across else maps.contiguous()
+    return maps if height == 1 or width == 1 or down == width * across else like_map(maps).copy_(maps)
 
 
 def map_strides(maps: Tensor) -> tuple[int, int, int]:

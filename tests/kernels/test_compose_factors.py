@@ -157,7 +157,14 @@ def _crop(x: Tensor) -> Tensor:
     return padded[:, 1:-1, 1:-2]
 
 
-@pytest.mark.parametrize("layout", [_channels_last_convolution, _planar, _wider_rows, _crop])
+def _planar_crop(x: Tensor) -> Tensor:
+    n, height, width, channels = x.shape
+    padded = x.new_zeros(n, channels, height + 2, width + 3)
+    padded[:, :, 1:-1, 1:-2] = x.permute(0, 3, 1, 2)
+    return padded[:, :, 1:-1, 1:-2].permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("layout", [_channels_last_convolution, _planar, _wider_rows, _crop, _planar_crop])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_layouts(layout: Callable[[Tensor], Tensor], dtype: torch.dtype, access: str) -> None:
     geometry, flow, quats, trans, log_scale = make_inputs(2, 1, 9, 11, dtype)
