@@ -260,7 +260,7 @@ def _shell(*words: str | Path) -> str:
     return " ".join(shlex.quote(str(word)) for word in words).replace("$", "$$")
 
 
-def build(plan: Plan, output: Path, folder: Path, log: Path) -> None:
+def build(plan: Plan, output: Path, folder: Path, log: Path, lock: int | None = None) -> None:
     """Build the extension.
 
     Args:
@@ -269,6 +269,7 @@ def build(plan: Plan, output: Path, folder: Path, log: Path) -> None:
             that fails leaves no older one in its place.
         folder: where objects are kept from one build to the next.
         log: what the compilers print.
+        lock: descriptor of the file whose lock keeps others out of `folder`: compilers may outlive this process.
 
     Raises:
         BuildError: a compiler failed; the message holds its first error and the log's name.
@@ -277,7 +278,7 @@ def build(plan: Plan, output: Path, folder: Path, log: Path) -> None:
     output.unlink(missing_ok=True)
     linked = folder / plan.library
     linked.unlink(missing_ok=True)
-    run_ninja(plan, folder, log, plan.library)
+    run_ninja(plan, folder, log, plan.library, lock=lock)
     temporary = output.with_name(f".{output.name}.{os.getpid()}")
     shutil.copyfile(linked, temporary)
     os.chmod(temporary, 0o755)
@@ -285,8 +286,8 @@ def build(plan: Plan, output: Path, folder: Path, log: Path) -> None:
     linked.unlink()
 
 
-def run_ninja(plan: Plan, folder: Path, log: Path, *targets: str) -> None:
-    """Make some of a plan's files in `folder`: objects, or the library.
+def run_ninja(plan: Plan, folder: Path, log: Path, *targets: str, lock: int | None = None) -> None:
+    """Make some of a plan's files in `folder`: objects, or the library. `lock` is as of `build`.
 
     Raises:
         BuildError: as of `build`.
@@ -296,8 +297,11 @@ def run_ninja(plan: Plan, folder: Path, log: Path, *targets: str) -> None:
     _write_if_changed(folder / "build_info.cpp", plan.info)
     _write_if_changed(folder / "build.ninja", ninja_file(plan))
     command = [plan.tools.ninja, "-v", *_jobs(), *targets]
+    held = () if lock is None else (lock,)
     with log.open("wb") as stream:
-        done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT)
+        done = subprocess.run(
+            command, cwd=folder, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, pass_fds=held
+        )
     if done.returncode != 0:
         raise BuildError(f"compiling failed: {_first_error(log)} (everything is in {log})")
 

@@ -211,15 +211,15 @@ def build_cached(plan: _build.Plan) -> Path:
         return output
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with _file_lock(root / "lock"):
+        with _file_lock(root / "lock") as lock:
             if not output.is_file():
-                _build_with_progress(plan, output, root)
+                _build_with_progress(plan, output, root, lock)
     except OSError as error:
         raise BuildError(f"the cache folder {root} cannot be used: {error}; set ANY4D_FAST_CACHE") from error
     return output
 
 
-def _build_with_progress(plan: _build.Plan, output: Path, root: Path) -> None:
+def _build_with_progress(plan: _build.Plan, output: Path, root: Path, lock: int) -> None:
     print(
         f"any4d_fast: compiling CUDA kernels for {_architectures(plan.architectures)} "
         f"with CUDA {plan.toolkit.version}, once, into {root} ...",
@@ -230,7 +230,7 @@ def _build_with_progress(plan: _build.Plan, output: Path, root: Path) -> None:
     start = time.monotonic()
     result = "failed"
     try:
-        _build.build(plan, output, root / "objects", output.with_name("build.log"))
+        _build.build(plan, output, root / "objects", output.with_name("build.log"), lock)
         _prune(root / "objects", {step.object for step in plan.steps})
         result = "done"
     finally:
@@ -246,15 +246,15 @@ def _prune(objects: Path, keep: set[str]) -> None:
 
 
 @contextlib.contextmanager
-def _file_lock(path: Path) -> Iterator[None]:
-    """Held by one process at a time, and given up when the process ends, however it ends."""
+def _file_lock(path: Path) -> Iterator[int]:
+    """Held by one process at a time, and given up when it and those that it gave the descriptor have ended, however."""
     with path.open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             print("any4d_fast: waiting for another process that compiles CUDA kernels ...", file=sys.stderr, flush=True)
             fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
+        yield stream.fileno()
 
 
 def status() -> tuple[bool, str]:

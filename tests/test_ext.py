@@ -119,15 +119,32 @@ def test_two_processes_build_once(process: Callable[..., subprocess.Popen[str]],
 def test_killed_build_leaves_nothing_half_made(
     process: Callable[..., subprocess.Popen[str]], toolkit: Path, tmp_path: Path
 ) -> None:
-    victim = process(FAKE_NVCC_SECONDS="100")
-    deadline = time.monotonic() + 60
-    while not fake_cuda.calls(toolkit) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    victim = process(FAKE_NVCC_SECONDS="5")
+    wait_for_compilers(toolkit)
     os.killpg(victim.pid, signal.SIGKILL)
     victim.communicate(timeout=60)
     assert not list((tmp_path / "cache").rglob("*.so"))
     out, errors = process().communicate(timeout=100)
     assert out == "42\n", errors
+
+
+def wait_for_compilers(toolkit: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not fake_cuda.calls(toolkit) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def test_compilers_that_outlive_their_process_are_waited_for(
+    process: Callable[..., subprocess.Popen[str]], toolkit: Path
+) -> None:
+    """A scheduler ends the process that builds, not its compilers: the next one must not write over what they write."""
+    victim = process(FAKE_NVCC_SECONDS="3")
+    wait_for_compilers(toolkit)
+    victim.terminate()
+    victim.communicate(timeout=60)
+    out, errors = process().communicate(timeout=100)
+    assert out == "42\n" and "waiting for another process that compiles" in errors, errors
+    assert fake_cuda.calls(toolkit) == ["attention_sm90.cu", "other.cu", "tiny.cu"]
 
 
 def test_failure_is_remembered_and_logged(
