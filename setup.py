@@ -7,7 +7,6 @@ neither imported nor needed here.
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -63,9 +62,10 @@ class BuildCuda(build_ext):
 
 def extensions() -> list[Extension]:
     """The CUDA extension, if it is wanted here."""
-    mode = os.environ.get("ANY4D_FAST_BUILD_CUDA") or "auto"
-    if mode not in ("auto", "0", "1"):
-        raise SystemExit(f"ANY4D_FAST_BUILD_CUDA: expected auto, 0 or 1, got {mode!r}")
+    try:
+        mode = _build.build_mode()
+    except _build.BuildError as error:
+        raise SystemExit(str(error)) from None
     if mode == "0":
         return []
     if mode == "auto":

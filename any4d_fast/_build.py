@@ -26,6 +26,7 @@ __all__ = [
     "Plan",
     "architecture_for",
     "build",
+    "build_mode",
     "make_plan",
     "source_folder",
     "sources_key",
@@ -43,6 +44,18 @@ LINK_FLAGS = ("-shared", "-s", "-Wl,--exclude-libs,ALL", "-Wl,--no-undefined-ver
 LIBRARIES = ("-ldl", "-lrt", "-lpthread")
 
 _INCLUDE = re.compile(rb'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
+
+
+def build_mode() -> str:
+    """ANY4D_FAST_BUILD_CUDA: "auto" (the default), "0" or "1".
+
+    Raises:
+        BuildError: it is something else.
+    """
+    mode = os.environ.get("ANY4D_FAST_BUILD_CUDA") or "auto"
+    if mode not in ("auto", "0", "1"):
+        raise BuildError(f"ANY4D_FAST_BUILD_CUDA: expected auto, 0 or 1, got {mode!r}")
+    return mode
 
 
 def source_folder() -> Path:

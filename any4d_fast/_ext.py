@@ -170,7 +170,7 @@ def _plan() -> _build.Plan:
     Raises:
         BuildError: something is absent, or there is no GPU to build for.
     """
-    if os.environ.get("ANY4D_FAST_BUILD_CUDA") == "0":
+    if _build.build_mode() == "0":
         raise BuildError("it was not built with the package, and ANY4D_FAST_BUILD_CUDA=0 forbids building it now")
     toolkit = find_toolkit()
     find_tools()

@@ -239,6 +239,12 @@ def test_building_can_be_forbidden(gpu: Path, toolkit: Path, monkeypatch: pytest
     assert fake_cuda.calls(toolkit) == []
 
 
+def test_unknown_mode_is_a_reason(gpu: Path, toolkit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANY4D_FAST_BUILD_CUDA", "off")
+    assert _ext.missing() == "ANY4D_FAST_BUILD_CUDA: expected auto, 0 or 1, got 'off'"
+    assert fake_cuda.calls(toolkit) == []
+
+
 @pytest.fixture
 def ahead_of_time(gpu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An extension beside the package, as setup.py builds it."""
