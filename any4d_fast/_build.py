@@ -293,9 +293,12 @@ def build(plan: Plan, output: Path, folder: Path, log: Path, lock: int | None = 
     linked.unlink(missing_ok=True)
     run_ninja(plan, folder, log, plan.library, lock=lock)
     temporary = output.with_name(f".{output.name}.{os.getpid()}")
-    shutil.copyfile(linked, temporary)
-    os.chmod(temporary, 0o755)
-    os.replace(temporary, output)
+    try:
+        shutil.copyfile(linked, temporary)
+        os.chmod(temporary, 0o755)
+        os.replace(temporary, output)
+    finally:  # a disk that is full keeps no part
+        temporary.unlink(missing_ok=True)
     linked.unlink()
 
 

@@ -192,11 +192,19 @@ def _plan() -> _build.Plan:
 
 
 def cache_folder() -> Path:
-    """Where extensions are kept: ANY4D_FAST_CACHE, or any4d_fast in XDG_CACHE_HOME, or in ~/.cache."""
+    """Where extensions are kept: ANY4D_FAST_CACHE, or any4d_fast in XDG_CACHE_HOME, or in ~/.cache.
+
+    Raises:
+        BuildError: none of them is set, and this user has no home.
+    """
     if os.environ.get("ANY4D_FAST_CACHE"):
         return Path(os.environ["ANY4D_FAST_CACHE"])
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "any4d_fast"
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "any4d_fast"
+    try:
+        return Path.home() / ".cache" / "any4d_fast"
+    except RuntimeError as error:
+        raise BuildError("this user has no home to keep the extension in; set ANY4D_FAST_CACHE to a folder") from error
 
 
 def build_cached(plan: _build.Plan) -> Path:
@@ -207,9 +215,9 @@ def build_cached(plan: _build.Plan) -> Path:
     """
     root = cache_folder() / "cuda"
     output = root / plan.key / f"_C{importlib.machinery.EXTENSION_SUFFIXES[0]}"
-    if output.is_file():
-        return output
     try:
+        if output.is_file():
+            return output
         output.parent.mkdir(parents=True, exist_ok=True)
         with _file_lock(root / "lock") as lock:
             if not output.is_file():

@@ -152,7 +152,7 @@ def output_of(*command: str) -> str:
         BuildError: it cannot be run, or fails.
     """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
         raise BuildError(f"{command[0]} does not run: {error}") from error
     if done.returncode != 0:

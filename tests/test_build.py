@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import fnmatch
+import os
 from pathlib import Path
 
 import pytest
@@ -86,6 +88,7 @@ def test_wrong_cuda_home(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         ("exit 3", "nvcc --version fails with exit code 3: it prints nothing"),
         ("echo 'libtool: broken' >&2; exit 1", "fails with exit code 1: libtool: broken"),
         ("echo hello", "names no version"),
+        ("printf 'cass\\351' >&2; exit 1", "fails with exit code 1: cass\ufffd"),
         ("echo V11.8.89", "is CUDA 11.8.89; expected 12.8 or later"),
     ],
 )
@@ -240,6 +243,17 @@ def test_failure_leaves_nothing_old_in_place(toolkit: Path, sources: Path, tmp_p
     assert str(tmp_path / "build.log") in str(raised.value)
     assert "a_name_that_nobody_declared" in (tmp_path / "build.log").read_text()
     assert not output.exists()
+
+
+def test_full_disk_keeps_no_part(toolkit: Path, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def copy(source: Path, target: Path) -> None:
+        target.write_bytes(source.read_bytes()[:100])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(_build.shutil, "copyfile", copy)
+    with pytest.raises(OSError, match="No space left"):
+        build(tmp_path, _build.make_plan())
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_undefined_symbol_is_not_built_silently(toolkit: Path, sources: Path, tmp_path: Path) -> None:

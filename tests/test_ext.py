@@ -177,6 +177,20 @@ def test_cache_that_cannot_be_written(gpu: Path, tmp_path: Path, monkeypatch: py
     assert reason is not None and "cannot be used" in reason and "set ANY4D_FAST_CACHE" in reason
 
 
+def test_cache_that_cannot_even_be_looked_into(gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As another user's folder, which `is_file` raises on: here a name that no file system takes."""
+    monkeypatch.setenv("ANY4D_FAST_CACHE", "/" + "a" * 300)
+    reason = _ext.missing()
+    assert reason is not None and "cannot be used" in reason and "set ANY4D_FAST_CACHE" in reason
+
+
+def test_no_home(gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ANY4D_FAST_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 2**31 - 2)  # a container's user, in no list
+    assert _ext.missing() == "this user has no home to keep the extension in; set ANY4D_FAST_CACHE to a folder"
+
+
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ANY4D_FAST_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
