@@ -44,3 +44,27 @@ def like_map(maps: Tensor) -> Tensor:
     if maps.stride(3) == 1:
         return torch.empty((n, height, width, channels), dtype=maps.dtype, device=maps.device)
     return torch.empty((n, channels, height, width), dtype=maps.dtype, device=maps.device).permute(0, 2, 3, 1)
+
+
+def zero_uncovered(x: Tensor, segments: list[int]) -> None:
+    """Zero the rows (dimension 0 of `x`) that are in no segment: gaps, head and tail of the buffer."""
+    start, length, count, stride, groups, group_stride = segments
+    if groups * count * length == 0:
+        x.zero_()
+        return
+    span = (count - 1) * stride + length
+    end = start + (groups - 1) * group_stride + span
+    row, tail = x.stride(0), x.stride()[1:]
+    rest = x.shape[1:]
+    if start:
+        x[:start].zero_()
+    if groups > 1 and group_stride > span:
+        gap = x[start + span :]
+        size = (groups - 1, group_stride - span, *rest)
+        gap.as_strided(size, (group_stride * row, row, *tail), gap.storage_offset()).zero_()
+    if count > 1 and stride > length:
+        gap = x[start + length :]
+        size = (groups, count - 1, stride - length, *rest)
+        gap.as_strided(size, (group_stride * row, stride * row, row, *tail), gap.storage_offset()).zero_()
+    if end < x.shape[0]:
+        x[end:].zero_()

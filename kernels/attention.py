@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from any4d_fast.layout import copy_engine_reads
+from any4d_fast.layout import copy_engine_reads, zero_uncovered
 
 from ._attention_tiles import (
     ForwardTile,
@@ -202,30 +202,6 @@ def descriptor(x: Tensor, segments: list[int], block: int, width: int) -> Tensor
 def tma_reasons(x: Tensor) -> str | None:
     """Why the copy engine cannot read `x`, or None: it wants addresses and strides that are multiples of 16 bytes."""
     return None if copy_engine_reads(x) else "addresses are not multiples of 16 bytes"
-
-
-def zero_uncovered(x: Tensor, segments: list[int]) -> None:
-    """Zero the rows (dimension 0 of `x`) that are in no segment: gaps, head and tail of the buffer."""
-    start, length, count, stride, groups, group_stride = segments
-    if groups * count * length == 0:
-        x.zero_()
-        return
-    span = (count - 1) * stride + length
-    end = start + (groups - 1) * group_stride + span
-    row, tail = x.stride(0), x.stride()[1:]
-    rest = x.shape[1:]
-    if start:
-        x[:start].zero_()
-    if groups > 1 and group_stride > span:
-        gap = x[start + span :]
-        size = (groups - 1, group_stride - span, *rest)
-        gap.as_strided(size, (group_stride * row, row, *tail), gap.storage_offset()).zero_()
-    if count > 1 and stride > length:
-        gap = x[start + length :]
-        size = (groups, count - 1, stride - length, *rest)
-        gap.as_strided(size, (group_stride * row, stride * row, row, *tail), gap.storage_offset()).zero_()
-    if end < x.shape[0]:
-        x[end:].zero_()
 
 
 def forward(

@@ -17,6 +17,8 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from any4d_fast.layout import zero_uncovered
+
 from ._attention_backward import finish_kernel, key_kernel, prepare_kernel, query_kernel
 from ._attention_tiles import (
     BackwardTiles,
@@ -30,7 +32,7 @@ from ._attention_tiles import (
     padded,
 )
 from .aot import AotCase
-from .attention import LOG2E, descriptor, in_place, precision, tma_reasons, zero_uncovered
+from .attention import LOG2E, descriptor, in_place, precision, tma_reasons
 
 
 def backward(

@@ -1,7 +1,8 @@
-"""What launchers do with maps that kernels cannot walk with one stride."""
+"""What launchers of the CUDA kernels do on the host: maps that no one stride walks, rows in no segment."""
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from any4d_fast import _ext
-from any4d_fast.cuda import compose_factors
+from any4d_fast.cuda import attention_backward, compose_factors
 from any4d_fast.layout import evenly_spaced, like_map, map_strides
+from any4d_fast.reference.attention import Segments
 
 
 def crop(channels: int, planar: bool) -> Tensor:
@@ -42,3 +44,11 @@ def test_compose_factors_writes_gradients_as_they_lie(planar: bool, monkeypatch:
     grads = compose_factors.backward(*maps, torch.ones(2, 4), torch.ones(2, 3), torch.ones(1, 1), cotangents)
     for name, grad in zip(("geometry", "flow"), grads, strict=False):
         assert told[name][1:] == map_strides(grad)
+
+
+def test_attention_backward_needs_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "any4d_fast.kernels.attention", raising=False)
+    qkv, out, lse = torch.ones(5, 3, 2, 64), torch.ones(5, 2, 64), torch.ones(2, 5)
+    grad = attention_backward.backward(out, None, qkv, out, lse, Segments(length=0).as_list(), 1.0, False)
+    assert grad.shape == qkv.shape and not grad.any()

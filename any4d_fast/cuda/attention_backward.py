@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _ext
+from ..layout import zero_uncovered
 from . import dtype_code, pointer, stream
 from .attention import check_rows
 
@@ -42,8 +43,6 @@ def backward(
         ValueError: `check_rows`' reasons, or a variant that does not exist.
         TypeError: another dtype.
     """
-    from ..kernels.attention import zero_uncovered
-
     grad = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     zero_uncovered(grad, segments)
     _, length, count, _, groups, _ = segments
