@@ -38,6 +38,9 @@ ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 ONLY = {"*_sm90*.cu": ("90a",)}
 """Sources whose instructions exist on some architectures only; all others are compiled for every one."""
 
+NVCC_VARIABLES = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
+"""Whose flags nvcc takes beside its own."""
+
 NVCC_FLAGS = ("-O3", "-std=c++17", "--expt-relaxed-constexpr", "-lineinfo", "-Xptxas=-v")
 HOST_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas")
 LINK_FLAGS = ("-shared", "-s", "-Wl,--exclude-libs,ALL", "-Wl,--no-undefined-version")
@@ -204,7 +207,8 @@ def _cuda_step(source: Path, names: tuple[str, ...], toolkit: Toolkit, tools: To
         return None
     codes = tuple(f"-gencode=arch=compute_{name},code=sm_{name}" for name in own)
     flags = (*NVCC_FLAGS, f"-ccbin={tools.cxx}", "-Xcompiler=-fPIC,-fvisibility=hidden", *_defines(names), *codes)
-    return Step("nvcc", source, flags, _step_key(source, flags, toolkit.version, tools.cxx_version))
+    about = (toolkit.version, tools.cxx_version, *(os.environ.get(name, "") for name in NVCC_VARIABLES))
+    return Step("nvcc", source, flags, _step_key(source, flags, *about))
 
 
 def _bindings_step(source: Path, names: tuple[str, ...], toolkit: Toolkit, tools: Tools) -> Step:

@@ -219,12 +219,18 @@ def test_source_for_one_architecture(toolkit: Path, sources: Path) -> None:
 def test_key_covers_what_the_extension_is_made_from(
     toolkit: Path, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name in ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"):
+        monkeypatch.delenv(name, raising=False)
     keys = [_build.make_plan().key, _build.make_plan(["80"]).key]
     (sources / "added.cu").write_text("int added() { return 1; }\n")
     keys.append(_build.make_plan().key)
     with monkeypatch.context() as patch:
         patch.setattr(_build, "NVCC_FLAGS", (*_build.NVCC_FLAGS, "-G"))
         keys.append(_build.make_plan().key)
+    for name in ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "-G")
+            keys.append(_build.make_plan().key)
     with monkeypatch.context() as patch:
         patch.setenv("CUDA_HOME", str(fake_cuda.make_toolkit(tmp_path / "older", "12.8")))
         keys.append(_build.make_plan().key)
