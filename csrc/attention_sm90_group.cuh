@@ -95,12 +95,6 @@ __device__ __forceinline__ void warp_scores(float (&scores)[kKeys / 2], const T*
     }
 }
 
-template <int N>
-__device__ __forceinline__ void rescale(float (&acc)[N], const float (&factor)[2]) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) acc[i] *= factor[i / 2 % 2];
-}
-
 template <typename T>
 __device__ __forceinline__ void issue_output(float (&acc)[kHeadDim / 2], const uint32_t (&p)[kKeys / 4], uint32_t v,
                                              bool add) {

@@ -19,7 +19,7 @@ struct ComposeInputs {
     Rows log_scale;   // [batch, 1]
     int64_t rows;     // at least 1
     int64_t batch;    // divides rows
-    int pixels;       // of a row; 0 writes poses and scales alone
+    int pixels;       // of a row, at most 2^30; 0 writes poses and scales alone
 };
 
 // Outputs are contiguous.

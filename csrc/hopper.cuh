@@ -96,10 +96,6 @@ __device__ __forceinline__ void take_registers() {
 
 // --- bulk tensor copies ---
 
-__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
 __device__ __forceinline__ void load_5d(void* to, const CUtensorMap* map, uint64_t* barrier, int c0, int c1, int c2,
                                         int c3, int c4) {
     asm volatile(
@@ -178,10 +174,6 @@ template <int N>
 __device__ __forceinline__ void pin(uint32_t (&registers)[N]) {
 #pragma unroll
     for (int i = 0; i < N; ++i) asm volatile("" : "+r"(registers[i])::"memory");
-}
-
-__device__ __forceinline__ void pin(uint64_t& value) {
-    asm volatile("" : "+l"(value));
 }
 
 // Descriptor of an operand in shared memory: rows of 64 16-bit values (128 bytes), 128-byte swizzle, 8 rows (1024 bytes)

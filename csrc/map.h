@@ -22,7 +22,4 @@ struct Rows {
     DType dtype;
 };
 
-// Pixels a view may have: pixel indices within a view are 32 bit.
-constexpr int64_t kMaxPixels = int64_t{1} << 30;
-
 }  // namespace any4d

@@ -15,7 +15,7 @@ struct UnprojectInputs {
     Rows intrinsics;  // [rows, 3, 3], pixels
     Rows poses;       // [rows, 4, 4], camera-to-world, metres
     int64_t rows;     // at least 1
-    int pixels;       // of a row; 0 is for the backward pass alone
+    int pixels;       // of a row, at most 2^30; 0 is for the backward pass alone
     int width;        // at least 1
 };
 
