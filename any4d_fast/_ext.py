@@ -140,7 +140,9 @@ def _release(version: int) -> str:
 
 
 def _load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(_NAME, path)
+    # pybind11 keeps modules by their names: under the same name another file would be the first one's module, which may
+    # be one that was found stale. The last part of the name says which initialiser Python looks for.
+    spec = importlib.util.spec_from_file_location(f"{path}: {_NAME}", path)
     assert spec is not None and spec.loader is not None
     extension = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(extension)

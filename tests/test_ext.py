@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -285,6 +286,19 @@ def test_stale_extension_is_not_used(
     assert reason is not None
     assert f"{ahead_of_time} is not used: {sources} has changed since it was built; install the package again" in reason
     assert "ANY4D_FAST_BUILD_CUDA=0 forbids building" in reason
+
+
+def test_every_file_is_a_module_of_its_own(tmp_path: Path) -> None:
+    """As pybind11 makes modules: what is built just in time must not be the stale one that was looked at before."""
+    source, built, other = tmp_path / "bindings.cpp", tmp_path / "_C.so", tmp_path / "cache" / "_C.so"
+    source.write_text('#include <pybind11/pybind11.h>\nPYBIND11_MODULE(_C, m) { m.attr("answer") = 42; }\n')
+    tools = _toolkit.find_tools()
+    includes = [f"-I{path}" for path in (tools.python_include, tools.pybind11_include)]
+    subprocess.run([tools.cxx, "-std=c++17", "-shared", "-fPIC", *includes, source, "-o", built], check=True)
+    other.parent.mkdir()
+    shutil.copy(built, other)
+    modules = [_ext._load(path) for path in (built, other)]
+    assert [(module.__file__, module.answer) for module in modules] == [(str(built), 42), (str(other), 42)]
 
 
 def test_extension_for_other_gpus_is_not_used(ahead_of_time: Path, gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
