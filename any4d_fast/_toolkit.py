@@ -75,6 +75,7 @@ def inspect(nvcc: Path) -> Toolkit:
     Raises:
         BuildError: as of `find_toolkit`.
     """
+    nvcc = nvcc.absolute()  # ninja runs elsewhere
     version = nvcc_version(nvcc)
     if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM_CUDA:
         oldest = ".".join(map(str, MINIMUM_CUDA))
@@ -178,6 +179,7 @@ def find_tools() -> Tools:
     except ImportError as error:
         raise BuildError("the package pybind11 is not installed; pip install pybind11") from error
     pybind11_include = Path(pybind11.get_include())
+    cxx = os.path.abspath(cxx)  # ninja runs elsewhere
     return Tools(
         cxx, output_of(cxx, "--version").splitlines()[0], _ninja(), include, pybind11_include, pybind11.__version__
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fnmatch
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,15 @@ def test_toolkit_of_cuda_home(toolkit: Path) -> None:
     assert (found.nvcc, found.version, found.release) == (toolkit / "bin" / "nvcc", "13.0.88", (13, 0))
     assert found.include == toolkit / "include"
     assert found.cudart == toolkit / "lib64" / "libcudart_static.a"
+
+
+def test_relative_paths(toolkit: Path, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ninja runs in the folder of objects."""
+    (tmp_path / "cxx").symlink_to(shutil.which("g++") or "/usr/bin/g++")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_HOME", "cuda")
+    monkeypatch.setenv("CXX", "./cxx")
+    assert build(tmp_path, _build.make_plan()).is_file()
 
 
 def test_toolkit_behind_a_script_on_path(toolkit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
