@@ -338,8 +338,18 @@ cudaError_t launch(const AttentionBackward& call, const BackwardPlan& plan, cuda
     const auto kernel = attention_backward_kernel<T, STAGES, DS_STAGES, DIRECT, ORDERED>;
     if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes))
         return error;
-    kernel<<<plan.grid, kThreads, kSharedBytes, stream>>>(work);
-    return cudaGetLastError();
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(plan.grid);
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = kSharedBytes;
+    config.stream = stream;
+    // Tiles in order wait for lower ones, which must be running: all blocks at once, or none yet.
+    cudaLaunchAttribute together = {};
+    together.id = cudaLaunchAttributeCooperative;
+    together.val.cooperative = 1;
+    config.attrs = &together;
+    config.numAttrs = ORDERED;
+    return cudaLaunchKernelEx(&config, kernel, work);
 }
 
 struct Variant {
