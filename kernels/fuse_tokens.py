@@ -21,7 +21,7 @@ MAX_VECTORS = 4
 WARPS = 4
 """One row of 1,024 float32 is 32 bytes a thread for each map: two full vector loads."""
 
-FORWARD_CHUNKS, FORWARD_STAGES = ((16_384, 12, 7), (2_048, 4, 4), (0, 1, 1)), 2
+FORWARD_CHUNKS, FORWARD_STAGES = ((16_384, 12, 3), (2_048, 4, 4), (0, 1, 1)), 2
 """(at least so many tokens, tokens a program with maps, and with images alone), and tokens in flight, of the forward
 pass. What all tokens of a chunk share is read once: for every one it was 24 KB from the L2 beside the 20 KB of its
 maps. The next token's maps are copied to shared memory meanwhile: 96 % of the copy bandwidth for 91 (three maps, H200).
