@@ -25,7 +25,8 @@ FORWARD_CHUNKS, FORWARD_STAGES = ((16_384, 12, 3), (2_048, 4, 4), (0, 1, 1)), 2
 """(at least so many tokens, tokens a program with maps, and with images alone), and tokens in flight, of the forward
 pass. What all tokens of a chunk share is read once: for every one it was 24 KB from the L2 beside the 20 KB of its
 maps. The next token's maps are copied to shared memory meanwhile: 96 % of the copy bandwidth for 91 (three maps, H200).
-With images alone nine programs are resident for five, and chunks of 12 tokens make two waves and a half."""
+With images alone nine programs are resident for five, and chunks of 12 tokens make two waves and a half: 85 % for the
+91 of chunks of three (of 4 to 8: 87 to 90)."""
 
 BACKWARD_PROGRAMS, BACKWARD_CHUNK = 792, (4, 128)
 """Programs of the backward pass, one wave of an H200 (six on a multiprocessor), and the least and most tokens of each.

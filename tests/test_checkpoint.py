@@ -421,7 +421,7 @@ def test_the_convert_command(tmp_path: Path) -> None:
     again = tmp_path / "again.safetensors"
     result = CliRunner().invoke(app, ["convert", str(target), str(again)])  # the file knows its architecture
     assert result.exit_code == 0, result.output
-    assert again.read_bytes() == target.read_bytes()
+    assert equal(Any4D.from_pretrained(again).state_dict(), model.state_dict())
     with pytest.raises(CheckpointError, match="the model 'small', and its header says that it is of 'tiny': "):
         checkpoint.load_checkpoint(Any4D.from_config(small_config()), target)
     result = CliRunner().invoke(app, ["convert", str(tmp_path / "none.pth"), str(target), "--preset", "tiny"])
