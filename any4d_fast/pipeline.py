@@ -227,5 +227,5 @@ def read_views(
             view["depth_z"] = torch.from_numpy(item)
     if poses is not None:
         for view, pose in zip(views, load_poses(poses, clip), strict=True):
-            view["camera_poses"] = torch.from_numpy(pose).float()
+            view["camera_poses"] = torch.from_numpy(pose)  # float64, as the world may be UTM's
     return views, clip

@@ -15,6 +15,7 @@ from PIL import Image
 import any4d_fast
 from any4d_fast import checkpoint
 from any4d_fast.demo import FILES, HEIGHT, WIDTH, measure, run_demo, trusted
+from any4d_fast.inputs import prepare_views
 from any4d_fast.io import MediaError, load_npz
 from any4d_fast.model import Any4D
 from any4d_fast.pipeline import load_model, read_views, run, run_views
@@ -49,6 +50,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory, clip: SyntheticClip) -> Pat
     return path
 
 
+def test_poses_far_from_the_worlds_origin_keep_their_motion(folder: Path, tmp_path: Path) -> None:
+    poses = np.tile(np.eye(4), (3, 1, 1))
+    poses[:, :3, 3] = [[450e3, 4600e3, 100], [450e3 + 0.1, 4600e3 + 0.07, 100], [450e3 + 0.2, 4600e3 + 0.14, 100]]
+    np.save(tmp_path / "utm.npy", poses)
+    views, _ = read_views(folder / "images", None, 1, None, 14, intrinsics=None, depth=None, poses=tmp_path / "utm.npy")
+    moved = [view["camera_pose_trans"][0].tolist() for view in prepare_views(views).views]
+    # Coordinates of 4,600 km resolve 1e-9 m in float64, and half a metre in float32.
+    np.testing.assert_allclose(moved, poses[:, :3, 3] - poses[0, :3, 3], atol=1e-7)
+
+
 def test_reconstruct_takes_a_folder_and_returns_everything(folder: Path) -> None:
     result = any4d_fast.reconstruct(folder / "images", preset="tiny", device="cpu", stride=2, size=(28, 42))
     assert (result.num_views, result.height, result.width) == (2, 28, 42)
@@ -80,7 +91,7 @@ def test_sensor_files_reach_the_model_in_its_pixels(folder: Path, clip: Syntheti
     for i, view in enumerate(views):
         torch.testing.assert_close(view["intrinsics"], clip.intrinsics[0])
         torch.testing.assert_close(view["depth_z"], clip.depth_z[i, ..., 0])
-        torch.testing.assert_close(view["camera_poses"], clip.camera_poses[i])
+        torch.testing.assert_close(view["camera_poses"], clip.camera_poses[i].double())
 
 
 def test_images_alone_are_resized_as_they_are_read_and_intrinsics_follow(folder: Path, clip: SyntheticClip) -> None:
