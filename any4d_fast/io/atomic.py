@@ -21,6 +21,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises:
         MediaError: `path` is a folder, or its folder cannot be created or written.
+        OSError: it cannot be written to its end, as on a full disk; the message names `path`.
     """
     target = Path(os.path.realpath(path))
     if target.is_dir():
@@ -41,8 +42,11 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         flush(temporary)
         os.replace(temporary, target)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and str(error.filename or temporary) == str(temporary):
+            # Of a write ("no space left"), which knows no name, or of a name that nobody gave.
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
         raise
     with contextlib.suppress(OSError):
         # Some file systems cannot flush a folder; the file itself is complete either way.

@@ -45,10 +45,17 @@ def test_failing_rename_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="No space"), atomic_path(target) as temporary:
+    with pytest.raises(OSError, match="No space left on device: '.*out.bin'"), atomic_path(target) as temporary:
         temporary.write_bytes(b"new")
     assert target.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["out.bin"]
+
+
+def test_errors_of_other_files_keep_their_name(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="other.bin"), atomic_path(tmp_path / "out.bin"):
+        (tmp_path / "other.bin").read_bytes()
+    with pytest.raises(OSError, match="^encoder error -2$"), atomic_path(tmp_path / "out.bin"):
+        raise OSError("encoder error -2")
 
 
 def test_permissions(tmp_path: Path) -> None:
