@@ -37,8 +37,8 @@ def save_rrd(
     - `world/scene_flow`: arrows from points of the reference view to where they are at this frame's time
     - `world/tracks`: the paths of these points over the last frames
 
-    The size is bounded by V times `max_points`, `max_tracks` x `trail` and the images; exact numbers are what
-    `save_npz` is for.
+    The size is bounded by V times `max_points`, `max_tracks` x `trail` and the images, and is held in memory before it
+    is written; exact numbers are what `save_npz` is for.
 
     Args:
         reconstruction: what to write; masked points are left out.
@@ -61,28 +61,31 @@ def save_rrd(
         )
     rerun = require_viz("rerun")
     rng = np.random.default_rng(seed)
+    # Not `stream.save(path)`: a thread of rerun's own would write, and where it cannot (a full disk) it only logs so,
+    # leaves half a file and lets `flush` wait forever.
+    stream = rerun.RecordingStream(_APPLICATION)
+    try:
+        recording = stream.binary_stream()
+        stream.send_blueprint(_blueprint(rerun), make_active=False, make_default=True)
+        stream.log("world", rerun.ViewCoordinates.RDF, static=True, strict=True)
+        tracks = _Tracks(reconstruction, max_tracks, min_confidence, rng)
+        for view in range(reconstruction.num_views):
+            stream.set_time("frame", sequence=view)
+            if reconstruction.timestamps is not None:
+                stream.set_time("time", duration=float(reconstruction.timestamps[view]))
+            _log_camera(rerun, stream, reconstruction, view, jpeg_quality)
+            chosen = sample_valid_pixels(reconstruction.valid(view, min_confidence), max_points, rng)
+            points = rerun.Points3D(
+                reconstruction.pts3d[view].reshape(-1, 3)[chosen],
+                colors=reconstruction.images[view].reshape(-1, 3)[chosen],
+            )
+            stream.log("world/points", points, strict=True)
+            tracks.log(rerun, stream, view, trail)
+        content = recording.read()
+    finally:
+        stream.disconnect()
     with atomic_path(path) as temporary:
-        stream = rerun.RecordingStream(_APPLICATION)
-        try:
-            stream.save(temporary, default_blueprint=_blueprint(rerun))
-            stream.log("world", rerun.ViewCoordinates.RDF, static=True, strict=True)
-            tracks = _Tracks(reconstruction, max_tracks, min_confidence, rng)
-            for view in range(reconstruction.num_views):
-                stream.set_time("frame", sequence=view)
-                if reconstruction.timestamps is not None:
-                    stream.set_time("time", duration=float(reconstruction.timestamps[view]))
-                _log_camera(rerun, stream, reconstruction, view, jpeg_quality)
-                chosen = sample_valid_pixels(reconstruction.valid(view, min_confidence), max_points, rng)
-                points = rerun.Points3D(
-                    reconstruction.pts3d[view].reshape(-1, 3)[chosen],
-                    colors=reconstruction.images[view].reshape(-1, 3)[chosen],
-                )
-                stream.log("world/points", points, strict=True)
-                tracks.log(rerun, stream, view, trail)
-            stream.flush()
-        finally:
-            # Closes the file, with its footer, before it takes its place.
-            stream.disconnect()
+        temporary.write_bytes(content)
 
 
 class _Tracks:

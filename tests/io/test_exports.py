@@ -285,6 +285,34 @@ def test_failure_keeps_the_old_file(
     assert os.listdir(tmp_path) == [path.name]
 
 
+_SAVE_IN_200_KB = """
+import faulthandler, resource, sys
+from any4d_fast import io
+faulthandler.dump_traceback_later(60, exit=True)
+loaded = io.load_npz(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+try:
+    io.save(loaded, sys.argv[2])
+except OSError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_file_that_cannot_be_written_to_its_end(tmp_path: Path, make_reconstruction: Make, suffix: str) -> None:
+    """As on a full disk: an error with the file's name, at once, and the old file."""
+    r = make_reconstruction(8, 96, 128)
+    r.images = np.random.default_rng(0).integers(0, 255, r.images.shape, dtype=np.uint8)
+    io.save(r, tmp_path / "in.npz")
+    target = tmp_path / "out" / f"x{suffix}"
+    target.parent.mkdir()
+    target.write_bytes(b"old")
+    command = [sys.executable, "-c", _SAVE_IN_200_KB, tmp_path / "in.npz", target]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert f"File too large: '{target}'" in done.stdout, done.stdout + done.stderr
+    assert os.listdir(target.parent) == [target.name] and target.read_bytes() == b"old"
+
+
 def test_save_checks_the_path_first(tmp_path: Path, make_reconstruction: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "folder.ply").mkdir()
     (tmp_path / "file").touch()
