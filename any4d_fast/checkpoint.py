@@ -329,15 +329,22 @@ def save_safetensors(
     """Write each parameter once, under its canonical key, with the configuration in the header; atomically.
 
     `steps`: how many the weights were trained for, for the header.
+
+    Raises:
+        CheckpointError: they cannot be written to the end, as on a full disk.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     once = {k: v.detach().contiguous().cpu() for k, v in tensors.items() if canonical.get(k, k) == k}
     metadata = {CONFIG_KEY: json.dumps(to_upstream(_without_sources(config))), "format": "pt"}
     if steps is not None:
         metadata[STEPS_KEY] = str(steps)
-    with atomic_path(path) as temporary:
-        save_file(once, temporary, metadata=metadata)
+    try:
+        with atomic_path(path) as temporary:
+            save_file(once, temporary, metadata=metadata)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: cannot be written ({error})") from error
 
 
 def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], config: Any4DConfig | None = None) -> int:

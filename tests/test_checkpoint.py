@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -401,6 +402,20 @@ def test_a_conversion_that_fails_writes_nothing_and_loses_nothing(pth: Path, tmp
         checkpoint.convert(pth, target, small_config(small_scene(confidence=False)))
     with pytest.raises(CheckpointError, match="expected a path that ends in .safetensors"):
         checkpoint.convert(pth, tmp_path / "small.pth", small_config())
+    assert target.read_bytes() == b"precious"
+    assert [p.name for p in tmp_path.iterdir()] == ["small.safetensors"]
+
+
+def test_a_full_disk_is_named_and_the_old_file_stays(pth: Path, tmp_path: Path) -> None:
+    target = tmp_path / "small.safetensors"
+    target.write_bytes(b"precious")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(CheckpointError, match=r"small.safetensors: cannot be written .*File too large"):
+            checkpoint.convert(pth, target, small_config())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert target.read_bytes() == b"precious"
     assert [p.name for p in tmp_path.iterdir()] == ["small.safetensors"]
 
