@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from any4d_fast.io.images import over_white
+
 IMAGE_NORMALISATIONS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
     "dinov2": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "dust3r": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
@@ -80,9 +82,9 @@ def load_image(value: Any, where: str, *, normalised: bool = False, device: torc
     """An image as a person has it, as RGB [B, 3, H, W] float32 (0..1 unless `normalised`).
 
     Args:
-        value: path, PIL image (both turned upright by their EXIF orientation), or tensor or array [H, W, 3],
-            [3, H, W], [B, H, W, 3] or [B, 3, H, W]; uint8, or float in 0..1. A 3 in the place of the channels of
-            both layouts counts as channels first.
+        value: path, PIL image (both turned upright by their EXIF orientation and laid over white where transparent),
+            or tensor or array [H, W, 3], [3, H, W], [B, H, W, 3] or [B, 3, H, W]; uint8, or float in 0..1. A 3 in the
+            place of the channels of both layouts counts as channels first.
         where: name in error messages.
         normalised: a float image from which mean and standard deviation are already taken out.
         device: where the image goes; by default where it is. Bytes are sent before they become floats, which are four
@@ -136,7 +138,8 @@ def _read_picture(value: Any, where: str, expected: str) -> np.ndarray:
                 return _read_picture(opened, where, expected)
         except InputError:
             raise
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        # Pillow's decoders report damage by many exception types (OSError, SyntaxError, RuntimeError ...).
+        except Exception as error:
             raise InputError(
                 f"{where}: expected a readable image file, got {str(path)!r} ({error}); "
                 "the file is truncated, broken or no image: replace it"
@@ -148,7 +151,7 @@ def _read_picture(value: Any, where: str, expected: str) -> np.ndarray:
     if value.mode.startswith(("I", "F")):
         fail(where, "an 8-bit image", f"PIL mode {value.mode!r}", "convert it to a float array within 0..1 first",
              kind=InputTypeError)  # fmt: skip
-    return np.asarray(ImageOps.exif_transpose(value).convert("RGB"))
+    return over_white(ImageOps.exif_transpose(value))
 
 
 def _channels_first(image: Tensor, where: str, expected: str) -> Tensor:

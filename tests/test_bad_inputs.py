@@ -202,12 +202,30 @@ def _sixteen_bit(path: Path) -> None:
     Image.fromarray(np.zeros((H, W), np.uint16)).save(path)
 
 
+def _broken_decoder(path: Path) -> None:
+    """A picture whose decoder raises what AVIF's does for damage in the middle."""
+    from PIL import Image, ImageFile
+
+    class Broken(ImageFile.ImageFile):
+        format = "BROKEN"
+
+        def _open(self) -> None:
+            self._size, self._mode = (4, 4), "RGB"
+
+        def load(self) -> None:
+            raise RuntimeError("decoding of color planes failed")
+
+    Image.register_open("BROKEN", Broken, lambda prefix: prefix.startswith(b"BROKEN"))
+    path.write_bytes(b"BROKEN")
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
         (_truncated, "truncated, broken or no image"),
         (lambda path: path.write_bytes(b""), "truncated, broken or no image"),
         (lambda path: path.write_text("not an image"), "readable image file.*a.png"),
+        (_broken_decoder, "color planes failed.*truncated, broken or no image"),
         (lambda path: path.mkdir(), "the folder.*one view of each"),
         (_sixteen_bit, "8-bit image.*PIL mode 'I"),
     ],

@@ -60,6 +60,21 @@ def test_image_layouts_and_types_agree(tmp_path: Path) -> None:
         torch.testing.assert_close(prepared.image(0)[0], pixels.permute(1, 2, 0).float() / 255)
 
 
+def test_transparent_pixels_are_white_as_the_command_reads_them(tmp_path: Path) -> None:
+    from PIL import Image
+
+    from any4d_fast.io import load_image
+
+    rgba = np.random.default_rng(0).integers(0, 255, (H, W, 4), dtype=np.uint8)
+    rgba[:5, :, 3] = 0
+    picture = Image.fromarray(rgba)
+    picture.save(tmp_path / "a.png")
+    expected = torch.from_numpy(load_image(tmp_path / "a.png")).float() / 255
+    assert bool((expected[:5] == 1).all())
+    for form in (picture, tmp_path / "a.png"):
+        torch.testing.assert_close(prepare_views([{"img": form}]).image(0)[0], expected)
+
+
 def test_path_is_turned_upright(tmp_path: Path) -> None:
     from PIL import Image
 

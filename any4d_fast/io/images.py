@@ -59,6 +59,9 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
         # Pillow's own complaints about the content carry no errno.
         reason = "cannot be read" if error.errno else "the image is truncated or damaged"
         raise MediaError(f"{path}: {reason} ({error.strerror or error})") from error
+    # Damaged headers show by further types: ValueError (PPM), RuntimeError (AVIF) ...
+    except Exception as error:
+        raise MediaError(f"{path}: the image is truncated or damaged ({error})") from error
 
 
 def is_image(path: str | os.PathLike[str]) -> bool:
@@ -97,8 +100,6 @@ def load_image(path: str | os.PathLike[str]) -> UInt8Array:
 
 
 def _to_rgb(image: Image.Image, path: Path) -> UInt8Array:
-    from PIL import Image
-
     mode = image.mode
     if mode.startswith("I;16") or (mode == "I" and image.format in (None, "PNG", "PPM")):
         # "I" is how some Pillow versions open 16-bit grey PNG; converting either to RGB would clip at 255.
@@ -106,7 +107,14 @@ def _to_rgb(image: Image.Image, path: Path) -> UInt8Array:
         return np.repeat(np.rint(grey).clip(0, 255).astype(np.uint8)[..., None], 3, axis=-1)
     if mode in ("I", "F"):
         raise MediaError(f"{path}: pixels of mode {mode} (32 bits) have no defined brightness; save it as 8-bit PNG")
-    if mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+    return over_white(image)
+
+
+def over_white(image: Image.Image) -> UInt8Array:
+    """A picture of 8 bits a channel as [H, W, 3] uint8 RGB; transparent pixels, whose colours nobody saw, are white."""
+    from PIL import Image
+
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)

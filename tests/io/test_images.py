@@ -93,8 +93,10 @@ def test_flipped_bytes(tmp_path: Path) -> None:
 def test_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "text.png").write_text("not a picture")
     (tmp_path / "empty.jpg").touch()
+    (tmp_path / "header.ppm").write_bytes(b"P6 1x 2 255\n")  # Pillow: ValueError
     (tmp_path / "folder.png").mkdir()
     for name, message in [
+        ("header.ppm", "truncated or damaged"),
         ("text.png", "not an image"),
         ("empty.jpg", "not an image"),
         ("folder.png", "got a folder"),
