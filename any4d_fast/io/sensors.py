@@ -47,6 +47,8 @@ def load_depth(path: PathLike, frames: Frames | None = None) -> npt.NDArray[np.f
                 raise MediaError(f"{file}: is {_size(item)} but the first depth map is {_size(maps[0])}")
         depth = np.stack(maps)
     else:
+        if not path.exists():
+            raise MediaError(f"{path}: no such file or folder")
         depth = _as_metres(_read_array(path, _DEPTH_KEYS), path)
         depth = depth[..., 0] if depth.ndim == 4 and depth.shape[-1] == 1 else depth
         depth = depth[None] if depth.ndim == 2 else depth

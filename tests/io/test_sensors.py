@@ -77,6 +77,7 @@ def test_depth_errors(tmp_path: Path, depth: np.ndarray) -> None:
     np.save(tmp_path / "pickle.npy", np.array([{"a": 1}], dtype=object))
     np.savez(tmp_path / "keys.npz", a=depth, b=depth)
     np.save(tmp_path / "good.npy", depth)
+    (tmp_path / "depth.mp4").touch()
     (tmp_path / "short.npy").write_bytes((tmp_path / "good.npy").read_bytes()[:200])
     (tmp_path / "short.npz").write_bytes((tmp_path / "keys.npz").read_bytes()[:200])
     for name, message in [
@@ -91,6 +92,7 @@ def test_depth_errors(tmp_path: Path, depth: np.ndarray) -> None:
         ("short.npy", "truncated"),
         ("short.npz", "truncated"),
         ("none.npy", "no such file"),
+        ("no_folder", "no such file or folder"),
         ("depth.mp4", "expected .npy or .npz"),
     ]:
         with pytest.raises(MediaError, match=message):
