@@ -255,7 +255,7 @@ def profile(
     if dtype not in AMP_DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(sorted(AMP_DTYPES))}, got {dtype!r}")
     patch = model.encoder.patch_size
-    if size[0] % patch or size[1] % patch or views < 1 or batch < 1 or runs < 1:
+    if any(side < patch or side % patch for side in size) or min(views, batch, runs) < 1:
         raise ValueError(
             f"expected at least one view, sample and run, and a size in multiples of {patch}, got {views} views, "
             f"{batch} samples, {runs} runs, {size[0]} x {size[1]}"

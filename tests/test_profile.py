@@ -99,7 +99,12 @@ def test_table() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"dtype": "int8"}, "dtype"), ({"size": (30, 28)}, "multiples of 14"), ({"modalities": ("radar",)}, "radar")],
+    [
+        ({"dtype": "int8"}, "dtype"),
+        ({"size": (30, 28)}, "multiples of 14"),
+        ({"size": (28, -14)}, "got .* 28 x -14"),
+        ({"modalities": ("radar",)}, "radar"),
+    ],
 )
 def test_wrong_options_are_named(tiny: Any4D, options: dict[str, object], message: str) -> None:
     given = {"size": (28, 28), "runs": 1, **options}
