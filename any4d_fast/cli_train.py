@@ -50,9 +50,11 @@ def evaluate(
     precision: Annotated[str | None, typer.Option(help="bf16 or fp32; bf16 on a GPU by default.")] = None,
 ) -> None:
     """Measure weights on held-out synthetic clips, with images alone and with rays, poses and depth."""
+    from .io.export import check_place
     from .train import evaluate as evaluation
 
     try:
+        check_place(output)
         if precision not in (None, "bf16", "fp32"):
             raise ValueError(f"--precision: expected bf16 or fp32, got {precision!r}")
         rows = evaluation.evaluate_file(

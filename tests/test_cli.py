@@ -149,6 +149,14 @@ def test_bad_input_is_one_clear_line_and_leaves_no_file(
     assert not list(tmp_path.glob(".tmp-*"))
 
 
+def test_evaluate_asks_for_its_file_before_it_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("any4d_fast.train.evaluate.evaluate_file", lambda *_, **__: pytest.fail("it measured"))
+    (tmp_path / "file").touch()
+    for path, word in ((tmp_path, "is a folder"), (tmp_path / "file" / "heldout.csv", "not a folder")):
+        done = invoke("evaluate", "-o", path, "--device", "cpu")
+        assert done.exit_code == 2 and word in done.output, done.output
+
+
 def test_help_lists_the_commands() -> None:
     done = invoke("--help")
     assert all(name in done.output for name in ("reconstruct", "demo", "convert", "info"))

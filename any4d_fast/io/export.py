@@ -35,6 +35,18 @@ def check_output(path: str | os.PathLike[str]) -> None:
     if suffix not in _WRITERS:
         known = ", ".join(f"{name} ({entry[3]})" for name, entry in _WRITERS.items())
         raise MediaError(f"{path}: unknown output format {suffix or '(no suffix)'}; use one of {known}")
+    check_place(path)
+    package = _WRITERS[suffix][2]
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise ImportError(f"{path}: writing {suffix} needs {package}; run `pip install any4d-fast[viz]`")
+
+
+def check_place(path: Path) -> None:
+    """Whether a file could be written here.
+
+    Raises:
+        MediaError: `path` is a folder, or a file is where its folder should be or the folder cannot be written.
+    """
     if path.is_dir():
         raise MediaError(f"{path}: is a folder; give the name of a file to write")
     folder = path.resolve().parent
@@ -44,9 +56,6 @@ def check_output(path: str | os.PathLike[str]) -> None:
         raise MediaError(f"{path}: {folder} is a file, not a folder")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise MediaError(f"{path}: no permission to write in {folder}")
-    package = _WRITERS[suffix][2]
-    if package is not None and importlib.util.find_spec(package) is None:
-        raise ImportError(f"{path}: writing {suffix} needs {package}; run `pip install any4d-fast[viz]`")
 
 
 def save(reconstruction: Reconstruction, path: str | os.PathLike[str], **options: Any) -> None:
