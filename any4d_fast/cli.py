@@ -44,7 +44,12 @@ def _plain_errors() -> Iterator[None]:
     """Turn what a user can mend into one line and exit status 2; anything else keeps its traceback."""
     try:
         yield
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, ImportError, OSError, RuntimeError) as error:
+        from .backends import BackendError
+
+        # Of runtime errors, that the backend or precision asked for cannot run here.
+        if isinstance(error, RuntimeError) and not isinstance(error, BackendError):
+            raise
         console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
     except KeyboardInterrupt:
@@ -104,7 +109,7 @@ def _report(run: Run, paths: list[Path], details: dict[str, str]) -> None:
     for name, value in details.items():
         table.add_row(name, value)
     for path in paths:
-        table.add_row("wrote", str(path))
+        table.add_row("wrote", escape(str(path)))
     Console().print(table)
     if not run.trained:
         console.print(UNTRAINED)

@@ -45,6 +45,8 @@ def pick_device(device: torch.device | str | None) -> torch.device:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise ValueError(f"device: expected 'cuda', 'cuda:N' or 'cpu', got {device!r}") from error
+    if chosen.type not in ("cuda", "cpu"):
+        raise ValueError(f"device: expected 'cuda', 'cuda:N' or 'cpu', got {str(device)!r}; no other kind is supported")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device: {chosen} is not available; PyTorch sees {torch.cuda.device_count()} CUDA devices")
     return chosen

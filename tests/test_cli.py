@@ -128,6 +128,11 @@ BAD = {
         "device",
     ),
     "unknown device": (["reconstruct", "{images}", "-o", "x.npz", "--preset", "tiny", "--device", "abacus"], "device"),
+    "no device of ours": (["reconstruct", "{images}", "-o", "x.npz", "--preset", "tiny", "--device", "meta"], "device"),
+    "no 8 bits on a CPU": (
+        ["profile", "--preset", "tiny", "--size", "28x28", "--device", "cpu", "--precision", "fp8"],
+        "8-bit layers run on CUDA devices",
+    ),
 }
 
 
@@ -147,6 +152,13 @@ def test_bad_input_is_one_clear_line_and_leaves_no_file(
     assert word in done.output and "Traceback" not in done.output
     assert (tmp_path / "x.npz").read_bytes() == b"earlier result"
     assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_names_of_files_are_no_markup(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = invoke("reconstruct", images, "-o", "a[bold].npz", "-o", "b[/x].npz", "--preset", "tiny", "--device", "cpu")
+    assert done.exit_code == 0, done.output
+    assert "a[bold].npz" in done.output and "b[/x].npz" in done.output
 
 
 def test_evaluate_asks_for_its_file_before_it_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
