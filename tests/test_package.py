@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -41,7 +42,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in ROOT.iterdir():
         if path.is_file():
             shutil.copy(path, folder)
-    for name in ("any4d_fast", "kernels", "csrc"):
+    for name in ("any4d_fast", "kernels", "csrc", "docs", "examples"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     return folder
 
@@ -131,6 +132,16 @@ def test_sdist_holds_the_weights(source: Path, sdist: Path) -> None:
         sizes = {member.name.removeprefix(f"{root}/"): member.size for member in archive if member.isfile()}
     assert {name for name in sizes if name.startswith("any4d_fast/weights/")} == WEIGHTS
     assert all(sizes[name] == (source / name).stat().st_size for name in WEIGHTS)
+
+
+def test_sdist_holds_what_its_readme_and_tests_name(source: Path, sdist: Path) -> None:
+    root = sdist.name.removesuffix(".tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {member.name.removeprefix(f"{root}/") for member in archive}
+    links = re.findall(r"\]\(([^):#]+)[^):]*\)", (source / "README.md").read_text())
+    # Plots are among the benchmarks, which are not copied for these tests.
+    assert {link for link in links if not link.startswith("benchmarks/")} <= names
+    assert "examples/train_with_ops.py" in names
 
 
 def test_metadata(metadata: Message) -> None:
