@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from any4d_fast.io.images import over_white
+from any4d_fast.io.images import over_white, warn_of_others
 
 IMAGE_NORMALISATIONS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
     "dinov2": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -135,6 +135,7 @@ def _read_picture(value: Any, where: str, expected: str) -> np.ndarray:
             fail(where, "an image file", f"{str(path)!r}, which does not exist", "check the path")
         try:
             with Image.open(path) as opened:
+                warn_of_others(opened, path)
                 return _read_picture(opened, where, expected)
         except InputError:
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +78,7 @@ def load_image(path: str | os.PathLike[str]) -> UInt8Array:
     """Read a picture as [H, W, 3] uint8 RGB, turned upright by its EXIF orientation.
 
     16-bit values are scaled to 8 bits, grey and palettes become RGB, transparent pixels are laid over white. Colour
-    profiles are not applied.
+    profiles are not applied. Of several pictures in a file the first is read, with a warning.
 
     Raises:
         MediaError: missing, not a picture, truncated or damaged, too large, or of a kind with no defined range
@@ -87,6 +88,7 @@ def load_image(path: str | os.PathLike[str]) -> UInt8Array:
 
     with open_image(path) as image:
         try:
+            warn_of_others(image, path)
             image.load()
             upright = ImageOps.exif_transpose(image)
             return _to_rgb(upright, Path(path))
@@ -108,6 +110,18 @@ def _to_rgb(image: Image.Image, path: Path) -> UInt8Array:
     if mode in ("I", "F"):
         raise MediaError(f"{path}: pixels of mode {mode} (32 bits) have no defined brightness; save it as 8-bit PNG")
     return over_white(image)
+
+
+def warn_of_others(image: Image.Image, path: str | os.PathLike[str]) -> None:
+    """Warn where a file holds further pictures, such as a TIFF's pages or an animation: only the first is read."""
+    count = getattr(image, "n_frames", 1)
+    # A phone's JPEG has its preview or depth as a second picture (MPO).
+    if count > 1 and image.format != "MPO":
+        warnings.warn(
+            f"{path}: holds {count} pictures, of which only the first is read; save a clip as a video or as files",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def over_white(image: Image.Image) -> UInt8Array:

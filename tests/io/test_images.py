@@ -10,6 +10,7 @@ from PIL import Image
 
 from any4d_fast.io import MediaError, is_image, list_images, load_image
 from any4d_fast.io.images import natural_key
+from any4d_fast.views import load_image as read_view
 
 
 def _rgb(height: int = 5, width: int = 7) -> np.ndarray:
@@ -55,6 +56,19 @@ def test_transparency_is_laid_over_white(tmp_path: Path) -> None:
     palette.putpalette([10, 20, 30, 200, 100, 50])
     palette.save(tmp_path / "p.png", transparency=1)
     np.testing.assert_array_equal(load_image(tmp_path / "p.png")[0, 1], [255, 255, 255])
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".png", ".webp"])
+def test_several_pictures_in_a_file_are_not_lost_silently(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"pages{suffix}"
+    first, second = (Image.fromarray(np.full((20, 30, 3), value, np.uint8)) for value in (10, 200))
+    first.save(path, save_all=True, append_images=[second])
+    with pytest.warns(RuntimeWarning, match=f"pages{suffix}: holds 2 pictures, of which only the first is read"):
+        assert load_image(path).max() <= 11
+    with pytest.warns(RuntimeWarning, match="holds 2 pictures"):
+        read_view(path, "img")
+    second.save(path)
+    load_image(path)
 
 
 def test_exif_orientation(tmp_path: Path) -> None:
