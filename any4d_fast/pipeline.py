@@ -108,7 +108,7 @@ def reconstruct(
         checkpoint: weights: a file or a Hugging Face id.
         preset: architecture; with a checkpoint it overrides what is stored beside the weights, without one the
             weights are the package's ("tiny": synthetic rooms only) or random (seeded).
-        model: a loaded model, instead of `checkpoint` and `preset`.
+        model: a loaded model, instead of `checkpoint`, `preset` and `device`.
         frames: at most so many frames; all by default.
         stride: every how-many-th frame.
         reference: index among the chosen frames of the view whose camera is the world.
@@ -127,6 +127,8 @@ def reconstruct(
         CheckpointError, ConfigError: the model cannot be made; ValueError: an option is wrong.
     """
     trained = True
+    if model is not None and not (checkpoint is None and preset is None and device is None):
+        raise ValueError("model: it runs as it is and where it is; leave out checkpoint, preset and device")
     if model is None:
         model, trained = load_model(checkpoint, preset, device)
     return run(

@@ -68,6 +68,12 @@ def test_reconstruct_takes_a_folder_and_returns_everything(folder: Path) -> None
     assert np.isfinite(result.pts3d).all()
 
 
+@pytest.mark.parametrize("other", [{"checkpoint": "other.pth"}, {"preset": "any4d"}, {"device": "cuda"}])
+def test_a_loaded_model_takes_no_other_choice(model: Any4D, folder: Path, other: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="model: .* leave out checkpoint, preset and device"):
+        any4d_fast.reconstruct(folder / "images", model=model, **other)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("packaged", [True, False])
 def test_presets_agree_and_leave_the_global_generator_alone(
     packaged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
