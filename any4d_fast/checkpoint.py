@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -318,6 +319,17 @@ def _header_config(path: Path) -> Any4DConfig | None:
         raise CheckpointError(f"{path}: its stored configuration cannot be read ({error})") from error
 
 
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """What libraries raise when a disk is full or gone, each its own error, as an OSError that names the path."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise OSError(f"{path}: cannot be written ({error})") from error
+
+
 def save_safetensors(
     tensors: Mapping[str, Tensor],
     canonical: Mapping[str, str],
@@ -329,22 +341,15 @@ def save_safetensors(
     """Write each parameter once, under its canonical key, with the configuration in the header; atomically.
 
     `steps`: how many the weights were trained for, for the header.
-
-    Raises:
-        CheckpointError: they cannot be written to the end, as on a full disk.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     once = {k: v.detach().contiguous().cpu() for k, v in tensors.items() if canonical.get(k, k) == k}
     metadata = {CONFIG_KEY: json.dumps(to_upstream(_without_sources(config))), "format": "pt"}
     if steps is not None:
         metadata[STEPS_KEY] = str(steps)
-    try:
-        with atomic_path(path) as temporary:
-            save_file(once, temporary, metadata=metadata)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: cannot be written ({error})") from error
+    with atomic_path(path) as temporary:
+        save_file(once, temporary, metadata=metadata)
 
 
 def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], config: Any4DConfig | None = None) -> int:
@@ -357,6 +362,7 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], conf
 
     Raises:
         CheckpointError: when it does not fit, or the target's suffix is another.
+        OSError: it cannot be written to its end, as on a full disk; an older file stays as it was.
     """
     from .model import Any4D
 
@@ -371,5 +377,6 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], conf
     if mismatch:
         raise CheckpointError(f"{path}: does not fit the model {config.name!r}: {mismatch}")
     canonical = aliases(model)
-    save_safetensors(tensors, canonical, config, target)
+    with writing(target):
+        save_safetensors(tensors, canonical, config, target)
     return len(set(canonical.values()))

@@ -13,14 +13,13 @@ checkpoint before it is taken.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import read_state_dict, save_safetensors
+from ..checkpoint import read_state_dict, save_safetensors, writing
 from ..config import Any4DConfig
 from ..io.atomic import flush
 
@@ -133,17 +132,6 @@ class CheckpointFolder:
         """Remove what a process left that died while it wrote."""
         for path in self.folder.glob(f"{_PARTIAL}*"):
             shutil.rmtree(path)
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """What libraries raise when a disk is full or gone, each its own error, as an OSError that names the path."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise OSError(f"{path}: cannot be written ({error})") from error
 
 
 def damage(folder: Path) -> str | None:

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends, head_precision
-from ..checkpoint import aliases, load_tensors, save_safetensors
+from ..checkpoint import aliases, load_tensors, save_safetensors, writing
 from ..config import ConfigError
 from ..io.atomic import atomic_path
 from ..model import Any4D
 from . import fresh, parallel, toml
-from .checkpoints import WEIGHTS, CheckpointFolder, Snapshot, writing
+from .checkpoints import WEIGHTS, CheckpointFolder, Snapshot
 from .config import TrainConfig, differences
 from .ema import Average
 from .logging import Bar, Board, CsvLog
