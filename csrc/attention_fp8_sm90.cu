@@ -8,8 +8,8 @@
 #include <algorithm>
 
 #include "attention_fp8_sm90.cuh"
-#include "attention_fp8_sm90_mma.cuh"
 #include "attention_fp8_sm90_schedule.cuh"
+#include "attention_fp8_sm90_step.cuh"
 #include "common.cuh"
 #include "tensor_map.h"
 
@@ -21,16 +21,9 @@ using namespace hopper;
 
 constexpr int kScheduleBarrier = 1;
 
-// A block of keys and values. The ones are the first of 8 more channels of the values; the other 7 are whatever lies
-// behind: they make columns of the output that nobody reads.
-struct alignas(1024) Stage {
-    KeyBlock block;
-};
-static_assert(sizeof(Stage) == sizeof(KeyBlock::k) + sizeof(KeyBlock::v) + 8 * kKeys);
-
 template <int GROUPS, int STAGES>
 struct alignas(1024) Shared {
-    Stage stage[STAGES];
+    Stage<KeyBlock> stage[STAGES];
     uint16_t out[GROUPS][kQueries * kHeadDim];
     uint64_t full[STAGES];
     uint64_t empty[STAGES];
@@ -53,7 +46,7 @@ __device__ void produce(Shared<GROUPS, STAGES>& shared, const Work& work) {
         for (int j = 0; j < piece.count; ++j) {
             barrier_wait(&shared.empty[ring.stage], ring.parity ^ 1);
             barrier_expect(&shared.full[ring.stage], kBlockBytes);
-            load_bulk(&shared.stage[ring.stage], from + j, kBlockBytes, &shared.full[ring.stage]);
+            load_bulk(&shared.stage[ring.stage].content, from + j, kBlockBytes, &shared.full[ring.stage]);
             ring.advance();
         }
     }
@@ -84,21 +77,6 @@ struct Turn {
     }
 };
 
-__device__ __forceinline__ void issue_scores(float (&scores)[kKeys / 2], const uint32_t (&q)[8], const uint8_t* k) {
-    const uint64_t b = operand_64_bytes(k);
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 32; ++i) mma_e4m3(scores, q + 4 * i, advance(b, 32 * i), i > 0);
-    mma_commit();
-}
-
-__device__ __forceinline__ void issue_output(float (&part)[kSums / 2], const uint32_t (&p)[kKeys / 8],
-                                             const uint8_t* v) {
-    const uint64_t b = operand(v);
-#pragma unroll
-    for (int i = 0; i < kKeys / 32; ++i) mma_e4m3(part, p + 4 * i, advance(b, 32 * i), i > 0);
-    mma_commit();
-}
-
 // A tile's queries, as registers of A, and the factors of their scores.
 struct Queries {
     uint32_t a[8];
@@ -113,12 +91,6 @@ struct Queries {
         const QueryRow* rows = work.query_rows + pair * work.blocks * kRows + row + thread / 32 * 16 + thread % 32 / 4;
         factor[0] = __ldg(&rows[0].factor);
         factor[1] = __ldg(&rows[8].factor);
-    }
-
-    // Of the scores with a block of keys. Never zero: times a masked score of -inf that would be NaN.
-    __device__ __forceinline__ void scale(float (&found)[2], float key_scale) const {
-        found[0] = fmaxf(factor[0] * key_scale, 1e-37f);
-        found[1] = fmaxf(factor[1] * key_scale, 1e-37f);
     }
 };
 
@@ -210,14 +182,14 @@ __device__ void consume(Shared<GROUPS, STAGES>& shared, const CUtensorMap& out_m
         Total total;
         Softmax softmax;
 
-        const KeyBlock* block = &shared.stage[ring.stage].block;
+        const KeyBlock* block = &shared.stage[ring.stage].content;
         barrier_wait(&shared.full[ring.stage], ring.parity);
         turn.take();
         mma_fence();
         issue_scores(scores, queries.a, block->k);
         turn.pass();
         for (int j = 1; j < blocks; ++j) {
-            queries.scale(scale, block->key_scale);
+            scale_scores(scale, queries.factor, block->key_scale);
             mma_wait<0>();
             pin(scores);
             softmax.probabilities<LINEAR>(p, scores, scale);
@@ -228,7 +200,7 @@ __device__ void consume(Shared<GROUPS, STAGES>& shared, const CUtensorMap& out_m
             uint64_t* const done = &shared.empty[ring.stage];
             const KeyBlock* const last = block;
             ring.advance();
-            block = &shared.stage[ring.stage].block;
+            block = &shared.stage[ring.stage].content;
             barrier_wait(&shared.full[ring.stage], ring.parity);
             mma_wait<0>();
             pin(part);
@@ -241,7 +213,7 @@ __device__ void consume(Shared<GROUPS, STAGES>& shared, const CUtensorMap& out_m
             release(done);
             total.add(part, softmax.factor, value.x, value.y);
         }
-        queries.scale(scale, block->key_scale);
+        scale_scores(scale, queries.factor, block->key_scale);
         mma_wait<0>();
         pin(scores);
         pin(queries.a);
@@ -341,6 +313,7 @@ int attention_fp8_variants() {
 }
 
 int64_t attention_fp8_workspace(const AttentionForward& call) {
+    if (call.segments.length <= fp8::kLongestShort) return 0;
     const tiling::Plan plan = fp8::plan_of(call.segments, call.heads, fp8::kGroups * fp8::kQueries, fp8::kKeys);
     const fp8::Layout layout(call.heads * call.segments.total(), plan.blocks);
     const int64_t parts = int64_t(plan.grid) * 2 * fp8::kGroups * tiling::kPart * hopper::kWarpgroup * sizeof(float);
@@ -350,6 +323,7 @@ int64_t attention_fp8_workspace(const AttentionForward& call) {
 cudaError_t attention_fp8(const AttentionForward& call, cudaStream_t stream) {
     const SegmentLayout& segments = call.segments;
     if (segments.length * call.heads * segments.total() > INT32_MAX / 2) return cudaErrorInvalidConfiguration;
+    if (segments.length <= fp8::kLongestShort) return fp8::attention_short(call, stream);
     const tiling::Plan plan = fp8::plan_of(call.segments, call.heads, fp8::kGroups * fp8::kQueries, fp8::kKeys);
     const fp8::Layout layout(call.heads * segments.total(), plan.blocks);
     char* workspace = static_cast<char*>(call.workspace);

@@ -1,7 +1,8 @@
-// What both passes of the 8-bit attention share: how e4m3 queries, keys and values lie in memory (checked in
+// What the kernels of the 8-bit attention share: how e4m3 queries, keys and values lie in memory (checked in
 // NumPy by tests/ops/test_attention_fp8.py). csrc/notes/attention_fp8.md has the reasons.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "attention_fp8_sm90.h"
@@ -13,6 +14,9 @@ constexpr int kQueries = 64;  // rows of one warpgroup: one wgmma
 constexpr int kKeys = 128;
 constexpr int kRows = 128;  // of a block of the first pass: one block of keys, two of queries
 constexpr uint32_t kOnes = 0x38383838;  // four times 1 in e4m3
+constexpr int kSamples = 64;  // rows of a segment whose mean key is subtracted: row i * length / 64
+constexpr int kLeastExponent = -44, kMostExponent = 44;  // of scales: quotients of two stay far inside float32
+constexpr int kLongestShort = 1024;  // rows of a segment that one kernel rounds to shared memory and works off
 
 // 128 keys and values as they lie in memory and in shared memory, where wgmma reads them.
 //   k: 64 bytes a key in the 64-byte swizzle: chunk c of 16 bytes of key r lies at c ^ (r / 2 % 4). Byte
@@ -78,6 +82,18 @@ struct Quantize {
 };
 
 #ifdef __CUDACC__
+struct Scale {
+    float value, inverse;
+};
+
+// The power of two that brings `most` to at most 448; NaN for what is beyond all bounds, infinity too.
+__device__ __forceinline__ Scale scale_of(float most) {
+    const int rounded_up = __float_as_int(most * (1.f / 448.f)) + 0x7fffff;
+    const int exponent = most > 0.f ? max((rounded_up >> 23) - 127, kLeastExponent) : 0;
+    if (exponent > kMostExponent) return {NAN, NAN};
+    return {__int_as_float((exponent + 127) << 23), __int_as_float((127 - exponent) << 23)};
+}
+
 // Four values as e4m3, the first in the lowest byte.
 __device__ __forceinline__ uint32_t round_four(float a, float b, float c, float d) {
     uint32_t word;
@@ -90,5 +106,8 @@ __device__ __forceinline__ uint32_t round_four(float a, float b, float c, float 
 #endif
 
 cudaError_t quantize(const Quantize& call, cudaStream_t stream);
+
+// Both passes in one kernel, for segments of at most kLongestShort rows; needs no workspace.
+cudaError_t attention_short(const AttentionForward& call, cudaStream_t stream);
 
 }  // namespace any4d::fp8

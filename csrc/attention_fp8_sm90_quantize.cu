@@ -5,6 +5,7 @@
 // mean key is subtracted, which changes no probability; it is that of 64 rows spread over the segment, the same for all
 // blocks of threads, because any vector near the mean will do.
 #include "attention_fp8_sm90.cuh"
+#include "attention_fp8_sm90_gaps.cuh"
 #include "common.cuh"
 
 namespace any4d::fp8 {
@@ -13,8 +14,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kSlots = kThreads / 8;
-constexpr int kSamples = 2 * kSlots;
-constexpr int kLeastExponent = -44, kMostExponent = 44;  // of scales: quotients of two stay far inside float32
+static_assert(kSamples == 2 * kSlots);
 
 struct Shared {
     float sums[kWarps][kHeadDim];
@@ -22,18 +22,6 @@ struct Shared {
     uint32_t k[kKeys * kHeadDim / 4];
     uint32_t v[kHeadDim][kKeys / 4 + 1];  // one word more a row: no bank conflicts
 };
-
-struct Scale {
-    float value, inverse;
-};
-
-// The power of two that brings `most` to at most 448; NaN for what is beyond all bounds, infinity too.
-__device__ __forceinline__ Scale scale_of(float most) {
-    const int rounded_up = __float_as_int(most * (1.f / 448.f)) + 0x7fffff;
-    const int exponent = most > 0.f ? max((rounded_up >> 23) - 127, kLeastExponent) : 0;
-    if (exponent > kMostExponent) return {NAN, NAN};
-    return {__int_as_float((exponent + 127) << 23), __int_as_float((127 - exponent) << 23)};
-}
 
 __device__ __forceinline__ float eight_lanes_max(float x) {
 #pragma unroll
@@ -149,33 +137,13 @@ __device__ __forceinline__ void store_queries(const Chunk<T> (&q)[4], const floa
     }
 }
 
-// Output and log-sum-exp of rows in no segment.
-__device__ void zero_gaps(const Quantize& call) {
-    const int lane = threadIdx.x % kWarp;
-    const SegmentLayout& s = call.segments;
-    const int bytes = call.heads * kHeadDim * 2;
-    const int64_t step = int64_t(call.zeroing) * kThreads;
-    for (int64_t row = int64_t(blockIdx.x - call.tiles) * kThreads + threadIdx.x; row - lane < call.rows; row += step) {
-        const int64_t at = row - s.start;
-        const int64_t group = s.groups > 1 ? min(at / s.group_stride, s.groups - 1) : 0;
-        const int64_t inside = at - group * s.group_stride;
-        const int64_t member = s.count > 1 ? min(inside / s.stride, s.count - 1) : 0;
-        const bool covered = at >= 0 && inside - member * s.stride < s.length;
-        unsigned open = __ballot_sync(kAllLanes, !covered && row < call.rows);
-        for (; open; open &= open - 1) {
-            const int64_t found = row - lane + __ffs(open) - 1;
-            uint4* out = reinterpret_cast<uint4*>(static_cast<char*>(call.out) + found * bytes);
-            for (int i = lane; i < bytes / 16; i += kWarp) out[i] = uint4{};
-            for (int head = lane; head < call.heads; head += kWarp) call.lse[head * call.rows + found] = 0.f;
-        }
-    }
-}
-
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 3) quantize_kernel(const __grid_constant__ Quantize call) {
     __shared__ Shared shared;
     allow_next_kernel();
-    if (blockIdx.x >= call.tiles) return zero_gaps(call);
+    if (blockIdx.x >= call.tiles)
+        return zero_gaps(call, int64_t(blockIdx.x - call.tiles) * kThreads + threadIdx.x,
+                         int64_t(call.zeroing) * kThreads);
     if (blockIdx.x == 0)
         for (int i = threadIdx.x; i < call.counter_count; i += kThreads) call.counters[i] = 0;
     const Place place(call);

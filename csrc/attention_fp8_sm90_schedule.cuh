@@ -3,6 +3,7 @@
 
 #include "attention_fp8_sm90.cuh"
 #include "attention_fp8_sm90_softmax.cuh"
+#include "attention_fp8_sm90_step.cuh"
 #include "attention_tiling.cuh"
 #include "hopper.cuh"
 
@@ -13,7 +14,6 @@ using hopper::named_sync;
 using namespace tiling;
 
 constexpr int kStoreBarrier = 4;
-constexpr int kSums = kHeadDim + 8;  // columns of a block's output: channels, the row's sum, seven without a meaning
 
 struct Work {
     const KeyBlock* key_blocks;
@@ -34,26 +34,6 @@ struct Work {
 };
 
 using Schedule = tiling::ScheduleOf<Work>;
-
-// A row's output and sum so far, and a block's to add to them.
-struct Total {
-    float acc[kHeadDim / 2];
-    float sum[2];  // of all columns, in the first lane of a quad; in the others nothing that means anything
-    float value_scale;  // that `acc` has yet to be multiplied by
-
-    __device__ __forceinline__ Total() : acc{}, sum{}, value_scale(1.f) {}
-
-    __device__ __forceinline__ void add(const float (&part)[kSums / 2], const float (&factor)[2], float scale,
-                                        float inverse) {
-        const float change = value_scale * inverse;
-        const float grown[2] = {factor[0] * change, factor[1] * change};
-#pragma unroll
-        for (int i = 0; i < kHeadDim / 2; ++i) acc[i] = fmaf(acc[i], grown[i / 2 % 2], part[i]);
-        sum[0] = fmaf(sum[0], factor[0], part[kHeadDim / 2]);
-        sum[1] = fmaf(sum[1], factor[1], part[kHeadDim / 2 + 2]);
-        value_scale = scale;
-    }
-};
 
 // Stores a part of a split tile. The warpgroup that stores the last one gets the whole back: true. Parts are summed in
 // the order of their keys, whoever sums, so that results repeat bit for bit.
