@@ -17,7 +17,6 @@ namespace any4d::fp8::brief {
 
 constexpr int kRoundBarrier = 1;
 constexpr int kChannels = 16;  // of a thread
-constexpr int kTogether = 2;   // rows of keys of a thread that are under way at once: registers are few
 
 // A channel's largest magnitude of a pair of them; NaN does not count.
 template <typename T>
@@ -90,7 +89,7 @@ template <typename T>
 __device__ __forceinline__ float largest_key(Shared& shared, int raw, const float (&mean)[kChannels], int valid) {
     const int first = threadIdx.x / kWarp * 32 + threadIdx.x % kWarp / 4;
     float most = 0.f;
-#pragma unroll kTogether
+#pragma unroll
     for (int n = 0; n < 4; ++n) {
         Pack<T, 8> key[2];
         load_key(key, shared, raw, n);
@@ -108,7 +107,7 @@ __device__ __forceinline__ void round_keys(Shared& shared, int raw, int slot, co
                                            float inverse) {
     const int lane = threadIdx.x % kWarp;
     const int place = slot + (threadIdx.x / kWarp * 32 + lane / 4) * kHeadDim + 4 * (lane % 4) + 16 * (lane / 8);
-#pragma unroll kTogether
+#pragma unroll
     for (int n = 0; n < 4; ++n) {
         Pack<T, 8> key[2];
         load_key(key, shared, raw, n);
@@ -135,7 +134,7 @@ __device__ __forceinline__ void load_values(Pack<T, 8> (&values)[4], Shared& sha
 template <typename T>
 __device__ __forceinline__ float largest_value(Shared& shared, int raw) {
     uint32_t most[2] = {0, 0};
-#pragma unroll 1
+#pragma unroll
     for (int half = 0; half < 2; ++half) {
         Pack<T, 8> values[4];
         load_values(values, shared, raw, half);
@@ -149,7 +148,7 @@ template <typename T>
 __device__ __forceinline__ void round_values(Shared& shared, int raw, int slot, float inverse) {
     const int lane = threadIdx.x % kWarp;
     const int place = slot + int(sizeof(KeyBlock::k)) + threadIdx.x / kWarp * kChannels * kKeys + 4 * lane;
-#pragma unroll 1
+#pragma unroll
     for (int half = 0; half < 2; ++half) {
         Pack<T, 8> values[4];
         load_values(values, shared, raw, half);

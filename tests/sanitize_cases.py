@@ -279,7 +279,14 @@ def _attention_inputs(
 
 
 def attention_fp8() -> Iterator[Case]:
-    for (name, (layout, rows)), heads, dtype in itertools.product(_segments().items(), (1, 3), HALVES):
+    # Two kernels: the first for segments of at most 1,024 rows, of which several blocks of threads share one and one
+    # takes several; the second for longer ones.
+    more = {
+        "40 x 889 rows": (ops.Segments.batched(40, 889), 40 * 889),
+        "1024 rows": (ops.Segments.global_(1, 1024), 1024),
+        "1100 rows": (ops.Segments(length=1100, start=3), 1107),
+    }
+    for (name, (layout, rows)), heads, dtype in itertools.product({**_segments(), **more}.items(), (1, 3), HALVES):
         yield Case(
             f"{name} {heads} heads {short(dtype)}",
             lambda s=layout, r=rows, h=heads, d=dtype: _attention_fp8_inputs(s, r, h, d),

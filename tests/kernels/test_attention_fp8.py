@@ -36,7 +36,19 @@ LAYOUTS = {
     "split": (Segments.global_(1, 1777), 1777),
     "frame": (Segments.frame(2, 11, 888), 2 * (11 * 888 + 1)),
     "gaps": (Segments(length=100, count=3, stride=150, groups=2, group_stride=500, start=7), 1100),
+    "long gaps": (Segments(length=1100, count=2, stride=1150, groups=2, group_stride=2400, start=7), 4800),
 }
+SHORT = {
+    **{f"{rows}": (Segments.global_(1, rows), rows) for rows in (1, 63, 64, 65, 127, 128, 129, 888, 1023, 1024, 1025)},
+    "8 views": (Segments.frame(1, 8, 888), 8 * 888 + 1),
+    "encoder": (Segments.batched(9, 889), 9 * 889),
+    "many of one block": (Segments.batched(300, 65), 300 * 65),
+    "many of one tile": (Segments(length=17, count=150, stride=19, groups=2, group_stride=3000, start=5), 6000),
+    "many of eight blocks": (Segments(length=1024, count=5, stride=1030, groups=3, group_stride=5200), 15600),
+    "gaps": (Segments(length=889, count=3, stride=900, groups=2, group_stride=2800, start=7), 5700),
+}
+"""Around what the kernel for short segments is cut by: tiles of 64 queries, blocks of 128 keys, 8 blocks a segment; and
+more or fewer tiles than multiprocessors, so that runs of tiles begin and end inside a segment or span several."""
 
 
 def sample(rows: int, dtype: torch.dtype, heads: int = 3, spread: float = 1.0, bias: float = 0.0) -> Tensor:
@@ -85,6 +97,35 @@ class TestEveryVariant:
         expected, expected_lse = oracle(qkv, segments)
         assert relative_error(out, expected) < 1.25 * E4M3 * (2 * spread**2 + 2.3) ** 0.5
         assert (lse - expected_lse).abs().max() < 8 * E4M3 * spread
+
+
+@pytest.mark.parametrize("heads", [1, 5])
+@pytest.mark.parametrize("layout", SHORT)
+def test_short_segments_are_their_emulation(layout: str, heads: int) -> None:
+    segments, rows = SHORT[layout]
+    for dtype in (torch.bfloat16, torch.float16):
+        qkv = sample(rows, dtype, heads, bias=1.0)
+        out, lse = run(qkv, segments)
+        expected, expected_lse = reference_attention_fp8(qkv.float(), segments, SCALE)
+        assert relative_error(out, expected) < 1e-2
+        torch.testing.assert_close(lse, expected_lse, rtol=0, atol=2.5e-2)
+        uncovered = expected_lse.eq(0).all(0)
+        assert not out[uncovered].any() and not lse[:, uncovered].any()
+        for _ in range(3):
+            again = run(qkv, segments)
+            assert torch.equal(out, again[0]) and torch.equal(lse, again[1])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("part", range(3))
+def test_not_finite_stays_in_its_segment_and_head(part: int, value: float) -> None:
+    """Of short segments, whose blocks of keys take the places of the one before them."""
+    qkv, segments = sample(9 * 888, torch.bfloat16, heads=16), Segments.batched(9, 888)
+    qkv[4 * 888 + 700, part, 7, 5] = value
+    out, _ = run(qkv, segments)
+    expected = torch.zeros_like(out[..., 0], dtype=torch.bool)
+    expected[4 * 888 + 700 if part == 0 else slice(4 * 888, 5 * 888), 7] = True
+    assert torch.equal(~out.isfinite().all(-1), expected)
 
 
 @pytest.mark.parametrize("rows", [7_105, 36_409])
@@ -153,7 +194,7 @@ def test_repeats_are_bitwise_equal(layout: str) -> None:
         assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 
 
-@pytest.mark.parametrize("layout", ["odd", "129", "frame", "gaps"])
+@pytest.mark.parametrize("layout", ["odd", "129", "frame", "gaps", "long gaps"])
 def test_reads_strided_rows_and_nothing_else(layout: str) -> None:
     segments, rows = LAYOUTS[layout]
     qkv = sample(rows, torch.bfloat16)
