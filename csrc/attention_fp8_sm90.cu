@@ -1,4 +1,5 @@
-// 8-bit attention forward for Hopper, head dim 64: csrc/notes/attention_fp8.md has the count and the measurements.
+// 8-bit attention forward for Hopper, head dim 64, of segments of more than 1,024 rows: csrc/notes/attention_fp8.md has
+// the count and the measurements.
 //
 // A block of threads is one copying warp and GROUPS computing warpgroups of 64 queries each, persistent over tiles of
 // 64 * GROUPS queries of one (segment, head), as in the 16-bit kernel. Inside a warpgroup one thing follows another
