@@ -299,8 +299,8 @@ def test_short_segments_bytes_are_those_of_long_ones() -> None:
     np.testing.assert_array_equal(short_query_registers(q), query_registers(q))
     for words in stores:  # of a warp at once: no two in one bank
         assert len({word % 32 for word in words}) == len(words) == 32
-    words = np.arange(16).reshape(4, 4)
-    np.testing.assert_array_equal(transposed_quads(words), words.T)
+    quad = np.arange(16).reshape(4, 4)
+    np.testing.assert_array_equal(transposed_quads(quad), quad.T)
 
 
 @pytest.mark.parametrize("divisor", [1, 2, 3, 5, 7, 12, 14, 16, 41, 1000, 2**20 + 1, 2**31 - 1])
