@@ -239,7 +239,7 @@ __global__ void __launch_bounds__((kGroups + 1) * kWarpgroup, 1)
             barrier_init(&shared.full[s], kWarpgroup);
             barrier_init(&shared.empty[s], kGroups * kWarpgroup);
         }
-        for (int s = 0; s < kRaw; ++s) barrier_init(&shared.loaded[s], 1);
+        for (int s = 0; s < 2; ++s) barrier_init(&shared.loaded[s], 1);
         fence_barrier_init();
     }
     __syncthreads();
@@ -297,7 +297,6 @@ cudaError_t attention_short(const AttentionForward& call, cudaStream_t stream) {
         return make_segment_map(to, base, call.dtype, kHeadDim, call.row_stride * 2, call.head_stride * 2, call.heads,
                                 segments, kKeys);
     };
-    if (cudaError_t error = map(&maps.q, call.q)) return error;
     if (cudaError_t error = map(&maps.k, call.k)) return error;
     if (cudaError_t error = map(&maps.v, call.v)) return error;
     const int length = int(segments.length);
@@ -324,7 +323,7 @@ cudaError_t attention_short(const AttentionForward& call, cudaStream_t stream) {
                            brief::Divisor(tiles),
                            brief::Divisor(call.heads),
                            brief::Divisor(int(segments.count)),
-                           brief::Divisor(2 * blocks),
+                           brief::Divisor(blocks),
                            call.scale,
                            segments.total() * segments.length < call.rows};
     return call.dtype == DType::kFloat16

@@ -9,10 +9,9 @@
 
 namespace any4d::fp8::brief {
 
-constexpr int kGroups = 3;                 // computing warpgroups
-constexpr int kSlots = 10;                 // blocks of rounded keys and values in shared memory
-constexpr int kRaw = 3;                    // blocks of keys or of values on their way in
-constexpr int kRawBytes = kKeys * kHeadDim * 2;
+constexpr int kGroups = 3;  // computing warpgroups
+constexpr int kSlots = 11;  // blocks of rounded keys and values in shared memory
+constexpr int kRawBytes = kKeys * kHeadDim * 2;  // of a block's keys, or values, before they are rounded
 static_assert(kSlots * kKeys >= kLongestShort, "a pair's blocks lie there until all of its tiles are done");
 
 // Quotients of numbers from 0 to 2^31 - 1 by a divisor that the host knows, in three instructions.
@@ -43,14 +42,14 @@ struct Work {
     int blocks;  // of keys in one pair
     int share;   // tiles of a block of threads;
     int rest;    // the first so many take one more
-    Divisor by_tiles, by_heads, by_count, by_pieces;  // a pair's pieces: 2 `blocks`
+    Divisor by_tiles, by_heads, by_count, by_blocks;
     float scale;
     bool gaps;   // there are rows of no segment
 };
 
 // Of keys and values with the 128-byte swizzle: chunk c of 16 bytes of row r lies at c ^ (r % 8).
 struct Maps {
-    CUtensorMap q, k, v;
+    CUtensorMap k, v;
 };
 
 struct Content {
@@ -60,13 +59,14 @@ struct Content {
 
 struct alignas(1024) Shared {
     Stage<Content> slot[kSlots];
-    uint8_t raw[kRaw][kRawBytes];
+    uint8_t raw[2][kRawBytes];  // keys and values
+    float mean[kHeadDim];
     float sums[4][kHeadDim];  // of a pair's sampled keys, by rounding warp
     float most[2][4];         // largest magnitudes, by rounding warp
     float offset[kGroups][kQueries];  // of the rows' log-sum-exp
     uint64_t full[kSlots];
     uint64_t empty[kSlots];
-    uint64_t loaded[kRaw];
+    uint64_t loaded[2];
 };
 constexpr int kSharedBytes = sizeof(Shared) + 1024;
 static_assert(kSharedBytes <= 227 * 1024);

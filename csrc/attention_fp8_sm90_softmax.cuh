@@ -13,6 +13,7 @@ constexpr float kLargest = 8.f;
 // so 8 (x + 7) rounded to an integer is the byte of (1 + f) 2^n, for x = n + f: between 1 and 1.062 times 2^x. The shift
 // makes that 0.962 .. 1.021, with a mean of 1; e4m3's own rounding is 1 +- 0.0625.
 constexpr float kShift = 0.0562f;
+constexpr float kWhole = 1024.f;  // float16 from here to 2048 are whole numbers, whose low byte is what exceeds 1024
 
 // NaN if either is.
 __device__ __forceinline__ float max_or_nan(float a, float b) {
@@ -37,9 +38,8 @@ struct Softmax {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             bias[half] = kLargest - reference[half];
-            // The byte divided by 128, so that saturation to [0, 1] cuts off what is below e4m3's range.
-            linear_scale[half] = scale[half] * 0.0625f;
-            linear_bias[half] = fmaf(bias[half], 0.0625f, (7.f - kShift) * 0.0625f);
+            linear_scale[half] = scale[half] * 8.f;
+            linear_bias[half] = fmaf(bias[half], 8.f, (7.f - kShift) * 8.f + kWhole);
         }
 #pragma unroll
         for (int run = 0; run < 8; ++run) {
@@ -64,14 +64,15 @@ struct Softmax {
                           exp2_unit(fmaf(s[4], scale, bias)), exp2_unit(fmaf(s[5], scale, bias)));
     }
 
-    __device__ __forceinline__ static uint32_t integer(float score, float scale, float bias) {
-        return __float_as_uint(fmaf(__saturatef(fmaf(score, scale, bias)), 128.f, 8388608.f));
+    // Bytes of two scores, as the low bytes of two float16. What is below e4m3's range, and NaN, becomes zero.
+    __device__ __forceinline__ static uint32_t two_bytes(float a, float b, float scale, float bias) {
+        const uint32_t pair = round_pair<__half>(fmaf(a, scale, bias), fmaf(b, scale, bias));
+        const __half2 whole = __hmax2(reinterpret_cast<const __half2&>(pair), __float2half2_rn(kWhole));
+        return reinterpret_cast<const uint32_t&>(whole);
     }
 
     __device__ __forceinline__ static uint32_t linear(const float* s, float scale, float bias) {
-        const uint32_t low = __byte_perm(integer(s[0], scale, bias), integer(s[1], scale, bias), 0x0040);
-        const uint32_t high = __byte_perm(integer(s[4], scale, bias), integer(s[5], scale, bias), 0x0040);
-        return __byte_perm(low, high, 0x5410);
+        return __byte_perm(two_bytes(s[0], s[1], scale, bias), two_bytes(s[4], s[5], scale, bias), 0x6420);
     }
 
     // Raises the reference to the maximum of a block. Maxima of three are taken as of integers, in one instruction: that

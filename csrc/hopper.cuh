@@ -105,13 +105,6 @@ __device__ __forceinline__ void load_5d(void* to, const CUtensorMap* map, uint64
         : "memory");
 }
 
-// Brings a box to the second-level cache.
-__device__ __forceinline__ void prefetch_5d(const CUtensorMap* map, int c0, int c1, int c2, int c3, int c4) {
-    asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global [%0, {%1, %2, %3, %4, %5}];" ::"l"(map), "r"(c0), "r"(c1),
-                 "r"(c2), "r"(c3), "r"(c4)
-                 : "memory");
-}
-
 __device__ __forceinline__ void store_5d(const CUtensorMap* map, const void* from, int c0, int c1, int c2, int c3,
                                          int c4) {
     asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(map),
