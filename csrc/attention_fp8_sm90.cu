@@ -31,11 +31,6 @@ struct alignas(1024) Shared {
     int done[GROUPS];
 };
 
-// Every warp says by itself that it is done with a buffer: a warp's wait covers only its own part of a product.
-__device__ __forceinline__ void release(uint64_t* barrier) {
-    if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
-}
-
 template <int GROUPS, int STAGES>
 __device__ void produce(Shared<GROUPS, STAGES>& shared, const Work& work) {
     Ring<STAGES> ring;
@@ -104,7 +99,7 @@ __device__ void idle(Shared<GROUPS, STAGES>& shared, Ring<STAGES>& ring, const T
         barrier_wait(&shared.full[ring.stage], ring.parity);
         turn.pass();
         turn.take();
-        release(&shared.empty[ring.stage]);
+        barrier_arrive(&shared.empty[ring.stage]);
         ring.advance();
     }
     turn.pass();
@@ -211,7 +206,7 @@ __device__ void consume(Shared<GROUPS, STAGES>& shared, const CUtensorMap& out_m
             turn.pass();
             // Read only here, so that the sum, which depends on it, is not moved between the products.
             const float2 value = {last->value_scale, last->value_inverse};
-            release(done);
+            barrier_arrive(done);
             total.add(part, softmax.factor, value.x, value.y);
         }
         scale_scores(scale, queries.factor, block->key_scale);
@@ -231,7 +226,7 @@ __device__ void consume(Shared<GROUPS, STAGES>& shared, const CUtensorMap& out_m
         pin(p);
         turn.pass();
         const float2 value = {block->value_scale, block->value_inverse};
-        release(&shared.empty[ring.stage]);
+        barrier_arrive(&shared.empty[ring.stage]);
         ring.advance();
         total.add(part, softmax.factor, value.x, value.y);
         if (blocks == work.blocks || merge<GROUPS>(total, softmax, &shared.done[member], own.tile, member, work))
@@ -249,7 +244,9 @@ __global__ void __launch_bounds__((GROUPS + 1) * kWarpgroup, 1)
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; ++s) {
             barrier_init(&shared.full[s], 1);
-            barrier_init(&shared.empty[s], 4 * GROUPS);
+            // Every lane arrives by itself, because all lanes read a block's scales: racecheck does not follow one
+            // through the warp's barrier to another's arrival.
+            barrier_init(&shared.empty[s], GROUPS * kWarpgroup);
         }
         fence_barrier_init();
     }
