@@ -52,7 +52,7 @@ def use_backend(name: str | None) -> Iterator[None]:
     Ops that do not have that backend keep choosing for themselves.
 
     Raises:
-        BackendError: from the op, when it has the backend but the backend cannot run the call.
+        BackendError: from the op, when it has the backend but the backend cannot run the call, or when no op has it.
     """
     own = [name or "auto"]
     _OVERRIDE.append(own)
@@ -85,7 +85,7 @@ def select(op: str, backend: str | None, *args: Any, first: Sequence[str] = (), 
         first: backends that automatic choice tries before the registered order, where measurement depends on the call.
 
     Raises:
-        BackendError: the backend asked for cannot run the call, or the op does not have it.
+        BackendError: the backend asked for cannot run the call, or the op (or, where all ops are asked, none) has it.
     """
     table = _REGISTRY[op]
     name, strict = _requested(op, backend)
@@ -99,6 +99,11 @@ def select(op: str, backend: str | None, *args: Any, first: Sequence[str] = (), 
             return name
         if strict:
             raise BackendError(f"{op}: backend: expected one of {registered(op)} or 'auto', got {name!r}")
+        if not any(name in backends for backends in _REGISTRY.values()):
+            known = sorted({EAGER, *(backend for backends in _REGISTRY.values() for backend in backends)})
+            raise BackendError(
+                f"use_backend or ANY4D_FAST_BACKEND: expected 'auto' or one of {known}, got {name!r}, which no op has"
+            )
     order = [*first, *(name for name in table if name not in first)]
     for candidate in order:
         if candidate == EAGER:

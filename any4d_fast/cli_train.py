@@ -50,6 +50,7 @@ def evaluate(
     precision: Annotated[str | None, typer.Option(help="bf16 or fp32; bf16 on a GPU by default.")] = None,
 ) -> None:
     """Measure weights on held-out synthetic clips, with images alone and with rays, poses and depth."""
+    from .backends import BackendError
     from .io.export import check_place
     from .train import evaluate as evaluation
 
@@ -61,7 +62,7 @@ def evaluate(
             checkpoint, output, preset=preset, config=config, clips=clips, batch_size=batch_size, seed=seed,
             device=device, precision=precision,
         )  # fmt: skip
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, ImportError, OSError, BackendError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
     typer.echo(evaluation.as_text(rows))

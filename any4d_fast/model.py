@@ -22,6 +22,7 @@ from .checkpoint import (
 )
 from .config import Any4DConfig, ModalityConfig, preset
 from .config_upstream import Config, from_upstream, to_upstream
+from .devices import find_device
 from .geometry_tokens import encoded
 from .head_loop import Finish, Outputs, check_minibatch, dtype_of_heads, run_heads
 from .modules import host_weights
@@ -172,18 +173,19 @@ class Any4D(nn.Module):
 
         Raises:
             CheckpointError: the message names the file and the key; the model is not half-loaded.
-            ValueError: unknown `weights`.
+            ValueError: unknown `weights`, or no such device here.
         """
         if weights not in ("float32", "packed"):
             raise ValueError(f'weights: expected "float32" or "packed", got {weights!r}')
+        target = None if device is None else find_device(device)
         path = find_checkpoint(source)
         tensors = read_state_dict(path)  # before the model is built: a broken file should fail at once
         chosen = stored_config(path) if config is None else config
         model = cls.from_config(preset(chosen) if isinstance(chosen, str) else chosen)
         load_tensors(model, tensors, path, strict=strict)
         if weights == "packed":
-            return model.eval().pack_weights_(device)
-        return model.to(device).eval() if device is not None else model.eval()
+            return model.eval().pack_weights_(target)
+        return (model if target is None else model.to(target)).eval()
 
     def forward(
         self,
@@ -387,9 +389,13 @@ class Any4D(nn.Module):
 
         Args:
             device: where to compute; where the model is by default.
+
+        Raises:
+            ValueError: no such device here.
         """
+        target = self.scale_token.device if device is None else find_device(device)
         self._graphs.clear()
-        host_weights.pack_(self, self.scale_token.device if device is None else torch.device(device))
+        host_weights.pack_(self, target)
         return self._forget_derived()
 
     def unpack_weights_(self) -> Any4D:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from .checkpoint import packaged_weights
+from .devices import pick_device
 from .geometry import resize_intrinsics
 from .inference import infer
 from .io.frames import Frames, load_frames
@@ -33,23 +34,6 @@ class Run:
     times: StageTimes = field(default_factory=StageTimes)
     peak_bytes: int = 0
     trained: bool = True
-
-
-def pick_device(device: torch.device | str | None) -> torch.device:
-    """The device asked for, or a GPU where there is one.
-
-    Raises:
-        ValueError: no such device, or it is not available here.
-    """
-    try:
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ValueError(f"device: expected 'cuda', 'cuda:N' or 'cpu', got {device!r}") from error
-    if chosen.type not in ("cuda", "cpu"):
-        raise ValueError(f"device: expected 'cuda', 'cuda:N' or 'cpu', got {str(device)!r}; no other kind is supported")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device: {chosen} is not available; PyTorch sees {torch.cuda.device_count()} CUDA devices")
-    return chosen
 
 
 def load_model(

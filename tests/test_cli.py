@@ -169,6 +169,21 @@ def test_evaluate_asks_for_its_file_before_it_measures(tmp_path: Path, monkeypat
         assert done.exit_code == 2 and word in done.output, done.output
 
 
+@pytest.mark.parametrize("command", ["reconstruct", "evaluate", "train"])
+def test_an_unknown_backend_is_one_clear_line(
+    command: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ANY4D_FAST_BACKEND", "trition")
+    done = {
+        "reconstruct": lambda: invoke("reconstruct", images, "-o", tmp_path / "x.npz", "--preset", "tiny"),
+        "evaluate": lambda: invoke("evaluate", "-o", tmp_path / "x.csv", "--clips", "1", "--device", "cpu"),
+        "train": lambda: invoke("train", "--config", "smoke", "--output", tmp_path / "run"),
+    }[command]()
+    printed = done.output + capfd.readouterr().err
+    assert done.exit_code == 2 and "Traceback" not in printed, printed
+    assert "ANY4D_FAST_BACKEND" in printed and "got 'trition'" in printed, printed
+
+
 def test_help_lists_the_commands() -> None:
     done = invoke("--help")
     assert all(name in done.output for name in ("reconstruct", "demo", "convert", "info"))

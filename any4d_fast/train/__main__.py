@@ -34,13 +34,14 @@ def run(
     progress: bool = True,
 ) -> int:
     """Train; a user's mistake is one line and status 2."""
+    from ..backends import BackendError
     from .config import TrainConfig
     from .trainer import TrainingError, train
 
     try:
         settings = TrainConfig.load(config, assignments, init=init, output=output)
         result = train(settings, progress=progress)
-    except (ValueError, ImportError, OSError, TrainingError) as error:
+    except (ValueError, ImportError, OSError, TrainingError, BackendError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0 if result.finished else STOPPED

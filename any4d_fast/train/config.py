@@ -189,7 +189,8 @@ class RunOptions:
         precision: "bf16": autocast; "fp32".
         heads: of the dense heads under "bf16" on a GPU: "fp16" with scaled gradients, or "tf32" (values beyond 65,504).
         parallel: "ddp" or "fsdp" over the processes that torchrun started.
-        backend: of every operator: "auto" (the fastest), "eager" (plain PyTorch), "triton", "cuda".
+        backend: of every operator: "auto" (the fastest, or what ANY4D_FAST_BACKEND says), "eager" (plain PyTorch),
+            "triton", "cuda".
         compile: run the step through torch.compile; a text names its mode, such as "reduce-overhead".
         cuda_graph: replay forward, backward and optimizer as one CUDA graph for each size, where it can be captured.
         deterministic: only algorithms that give the same bits every time.

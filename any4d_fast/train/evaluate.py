@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from ..backends import BackendError
 from ..head_loop import Outputs
 from ..io.atomic import atomic_path
 from ..model import Any4D
@@ -215,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(parser.parse_args(arguments))
     try:
         rows = evaluate_file(**options)
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, ImportError, OSError, BackendError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(as_text(rows))

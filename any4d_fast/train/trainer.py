@@ -91,12 +91,12 @@ def opened(config: TrainConfig, *, progress: bool = True) -> Iterator[Trainer]:
         ConfigError, CheckpointError, MediaError: as `train`.
     """
     world = parallel.start(config.run.parallel, config.run.device)
-    backend = None if config.run.backend == "auto" else config.run.backend
+    backend = config.run.backend
     try:
         with (
             deterministic(config.run.deterministic),
             tensor_float(config.run.precision == "bf16"),
-            backends.use_backend(backend),
+            contextlib.nullcontext() if backend == "auto" else backends.use_backend(backend),
             # Steps whose gradients are not finite are skipped here.
             head_precision.never_wait(),
             head_precision.use_head_dtype(torch.float32 if config.run.heads == "tf32" else None),
