@@ -278,7 +278,7 @@ def tokenize_forward(
     ordered = weight.permute(0, 2, 3, 1).contiguous() if last else weight.contiguous()
     with torch.cuda.device_of(image):
         tokenize_kernel[grid](
-            image, ordered, bias, pos_embed.contiguous(),
+            image, ordered, None if bias is None else bias.contiguous(), pos_embed.contiguous(),
             None if cls_token is None else cls_token.contiguous(),
             None if register_tokens is None else register_tokens.contiguous(),
             out, rows, tokens, width // patch, channels, *image.stride(), *factors,

@@ -143,7 +143,8 @@ def unshuffle_conv_forward(
     grid = (triton.cdiv(rows, t.bm) * triton.cdiv(cout, t.bn),)
     with torch.cuda.device_of(x):
         unshuffle_conv_kernel[grid](
-            x, reordered(weight, cin, patch, t.bk), bias, out, rows, grid_h, grid_w, cout, x.stride(0), x.stride(1),
+            x, reordered(weight, cin, patch, t.bk), None if bias is None else bias.contiguous(), out,
+            rows, grid_h, grid_w, cout, x.stride(0), x.stride(1),
             CIN=cin, PATCH=patch, VEC=2 if even and aligned else 1, WIDE=extent(x) > 2**31 - 1,
             PRECISION=precision(weight.dtype), BM=t.bm, BN=t.bn, BK=t.bk, **t.options(),
         )  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ._library import define
 from .resize_bilinear import resize_bilinear_transpose
@@ -177,6 +178,7 @@ class Finish(torch.autograd.Function):
         return total, positive
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_relu: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         need_value, need_bias, need_residual, need_coarse = ctx.needs_input_grad[:4]
         if grad_out is None and grad_relu is None:
@@ -213,5 +215,6 @@ class Upsample(torch.autograd.Function):
         return upsample(coarse, double, size, flag)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         return resize_bilinear_transpose(grad, ctx.half), None, None, None

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..reference.fuse_tokens import fuse_tokens as reference_fuse_tokens
@@ -172,6 +173,7 @@ class _FuseTokens(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         maps, count = ctx.maps, ctx.count
         mean, rstd, weight, x, *rest = ctx.saved_tensors

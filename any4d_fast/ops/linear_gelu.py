@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..reference.linear_gelu import linear_gelu as reference_linear_gelu
@@ -86,6 +87,7 @@ class _LinearGelu(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # type: ignore[override]
         x, weight, pre = ctx.saved_tensors
         needs = ctx.needs_input_grad
@@ -170,6 +172,7 @@ class _LinearResidual(torch.autograd.Function):
         return _residual_forward(x, weight, bias, residual, gamma, row_scale, rows_per_scale)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, bias, gamma, row_scale = ctx.saved_tensors
         need_x, need_weight, need_bias, need_residual, need_gamma = ctx.needs_input_grad[:5]

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..reference.normalize_depth import FLOOR
@@ -64,6 +65,7 @@ class _NormalizeDepth(torch.autograd.Function):
         return scaled, log_factor
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_factor: Tensor) -> Tensor:
         d_depth: Tensor = _backward(grad, grad_factor, *ctx.saved_tensors)
         return d_depth

@@ -6,6 +6,7 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..reference.residual_norm import residual_norm as reference_residual_norm
@@ -160,6 +161,7 @@ class _ResidualNorm(torch.autograd.Function):
         return new, normed
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_new: Tensor | None, grad_normed: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         new, branch, gamma, weight, row_scale, mean, rstd = ctx.saved_tensors
         if new is None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..reference.resize_bilinear import resize_bilinear as reference_resize_bilinear
@@ -43,6 +44,7 @@ class _ResizeBilinear(torch.autograd.Function):
         return _forward(x, size)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return resize_bilinear_transpose(grad, ctx.size), None
 

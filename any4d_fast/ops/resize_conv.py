@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..reference.resize_conv import resize_conv as reference_resize_conv
@@ -136,6 +137,7 @@ class _ResizeConv(torch.autograd.Function):
         return _forward(x, size, weight3, bias3, weight1, bias1, out_dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight3, bias3, weight1 = ctx.saved_tensors
         need_x, _, need_weight3, need_bias3, need_weight1, need_bias1 = ctx.needs_input_grad[:6]

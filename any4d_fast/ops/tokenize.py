@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..reference.tokenize import channels_first
@@ -148,6 +149,7 @@ class _Tokenize(torch.autograd.Function):
         return _forward(image, weight, bias, pos_embed, cls_token, register_tokens, scale, shift, out_dtype, backend)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         image, weight = ctx.saved_tensors
         need_image, need_weight, need_bias, need_pos, need_cls, need_registers = ctx.needs_input_grad[:6]

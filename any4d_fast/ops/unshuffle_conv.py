@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..reference.unshuffle_conv import unshuffle
@@ -84,6 +85,7 @@ class _UnshuffleConv(torch.autograd.Function):
         return _forward(x, weight, bias, patch_size, out_dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needed = ctx.needs_input_grad[:3]
