@@ -128,35 +128,6 @@ def test_not_finite_stays_in_its_segment_and_head(part: int, value: float) -> No
     assert torch.equal(~out.isfinite().all(-1), expected)
 
 
-@pytest.mark.parametrize("heads", [1, 5])
-@pytest.mark.parametrize("layout", SHORT)
-def test_short_segments_are_their_emulation(layout: str, heads: int) -> None:
-    segments, rows = SHORT[layout]
-    for dtype in (torch.bfloat16, torch.float16):
-        qkv = sample(rows, dtype, heads, bias=1.0)
-        out, lse = run(qkv, segments)
-        expected, expected_lse = reference_attention_fp8(qkv.float(), segments, SCALE)
-        assert relative_error(out, expected) < 1e-2
-        torch.testing.assert_close(lse, expected_lse, rtol=0, atol=2.5e-2)
-        uncovered = expected_lse.eq(0).all(0)
-        assert not out[uncovered].any() and not lse[:, uncovered].any()
-        for _ in range(3):
-            again = run(qkv, segments)
-            assert torch.equal(out, again[0]) and torch.equal(lse, again[1])
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("part", range(3))
-def test_not_finite_stays_in_its_segment_and_head(part: int, value: float) -> None:
-    """Of short segments, whose blocks of keys take the places of the one before them."""
-    qkv, segments = sample(9 * 888, torch.bfloat16, heads=16), Segments.batched(9, 888)
-    qkv[4 * 888 + 700, part, 7, 5] = value
-    out, _ = run(qkv, segments)
-    expected = torch.zeros_like(out[..., 0], dtype=torch.bool)
-    expected[4 * 888 + 700 if part == 0 else slice(4 * 888, 5 * 888), 7] = True
-    assert torch.equal(~out.isfinite().all(-1), expected)
-
-
 @pytest.mark.parametrize("rows", [7_105, 36_409])
 def test_long_rows(rows: int) -> None:
     qkv, segments = sample(rows, torch.bfloat16, heads=2), Segments.global_(1, rows)

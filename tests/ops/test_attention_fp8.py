@@ -239,67 +239,6 @@ def transposed_quads(words: NDArray[np.int64]) -> NDArray[np.int64]:
     return words
 
 
-def swizzled(rows: Array) -> Array:
-    """128 rows of 64 elements as the copy engine writes them: chunk c of 8 elements of row r at c ^ (r % 8)."""
-    found = np.empty((128, 8, 8))
-    for row in range(128):
-        for chunk in range(8):
-            found[row, chunk ^ row % 8] = rows[row, 8 * chunk : 8 * chunk + 8]
-    return found.reshape(-1)
-
-
-def short_key_block(k: Array, v: Array) -> tuple[Array, Array, list[list[int]]]:
-    """Bytes of keys and of values as attention_fp8_sm90_short_round.cuh writes them, and the words of every store."""
-    k_raw, v_raw = swizzled(k), swizzled(v)
-    k_bytes, v_bytes = np.full(128 * 64, np.nan), np.full(64 * 128, np.nan)
-    stores: dict[tuple[str, int, int, int], list[int]] = {}
-    for thread in range(128):
-        warp, lane = thread // 32, thread % 32
-        r, t = lane // 4, lane % 4
-        for n in range(4):
-            place = (warp * 32 + r) * 128 + 16 * (2 * t ^ r)
-            first = [((place ^ 16 * s) + 1024 * n) // 2 for s in range(2)]
-            key = np.concatenate([k_raw[i : i + 8] for i in first])
-            place = (warp * 32 + r) * 64 + 4 * t + 16 * (lane // 8)
-            for word in range(4):
-                to = (place ^ 16 * word) + 512 * n
-                k_bytes[to : to + 4] = key[4 * word : 4 * word + 4]
-                stores.setdefault(("k", warp, n, word), []).append(to // 4)
-        for half in range(2):
-            place = (16 * r + 2 * t) * 128 + 16 * (warp * 2 ^ 2 * t)
-            first = [((place ^ 16 * (half ^ i % 2)) + i % 2 * 128 + i // 2 * 1024) // 2 for i in range(4)]
-            values = np.stack([v_raw[i : i + 8] for i in first])
-            place = warp * 16 * 128 + 4 * lane
-            for c in range(8):
-                to = (place ^ 16 * c) + (8 * half + c) * 128
-                v_bytes[to : to + 4] = values[:, c]
-                stores.setdefault(("v", warp, half, c), []).append(to // 4)
-    return k_bytes, v_bytes, list(stores.values())
-
-
-def short_query_registers(q: Array) -> Array:
-    """A's registers [2 steps, 128 threads, 4, 4 bytes] of 64 queries as attention_fp8_sm90_short.cu rounds them."""
-    a = np.empty((2, 128, 4, 4))
-    for thread in range(128):
-        row, t = thread // 32 * 16 + thread % 32 // 4, thread % 4
-        for half in range(2):
-            for word in range(4):
-                first = 16 * t + 4 * word
-                a[word // 2, thread, 2 * (word % 2) + half] = q[row + 8 * half, first : first + 4]
-    return a
-
-
-def transposed_quads(words: NDArray[np.int64]) -> NDArray[np.int64]:
-    """`transpose_quad` of the same file on [4 lanes, 4 words]: what two exchanges between lanes make of them."""
-    words = words.copy()
-    for a, b, bit in ((0, 2, 2), (1, 3, 2), (0, 1, 1), (2, 3, 1)):
-        swapped = [bool(lane & bit) for lane in range(4)]
-        sent = [words[lane, a] if swapped[lane] else words[lane, b] for lane in range(4)]
-        for lane in range(4):
-            words[lane, a if swapped[lane] else b] = sent[lane ^ bit]
-    return words
-
-
 def operand_a(registers: Array) -> Array:
     """[64, 32] of wgmma's A from the registers [128 threads, 4, 4 bytes] (PTX ISA, wgmma.m64nNk32)."""
     a = np.full((64, 32), np.nan)
@@ -362,32 +301,6 @@ def test_short_segments_bytes_are_those_of_long_ones() -> None:
         assert len({word % 32 for word in words}) == len(words) == 32
     quad = np.arange(16).reshape(4, 4)
     np.testing.assert_array_equal(transposed_quads(quad), quad.T)
-
-
-@pytest.mark.parametrize("divisor", [1, 2, 3, 5, 7, 12, 14, 16, 41, 1000, 2**20 + 1, 2**31 - 1])
-def test_quotients_by_multiplication(divisor: int) -> None:
-    """`Divisor` of attention_fp8_sm90_short.cuh."""
-    shift = 31
-    while 1 << (shift - 31) < divisor:
-        shift += 1
-    multiplier = (1 << shift) // divisor + 1
-    assert multiplier < 2**32
-    generator = np.random.default_rng(divisor)
-    numbers = [0, 1, divisor - 1, divisor, 2**31 - 1, *generator.integers(0, 2**31, 1000).tolist()]
-    numbers += [n // divisor * divisor + i for n in numbers for i in (-1, 0) if n >= divisor]
-    assert all(n * multiplier >> shift == n // divisor for n in numbers)
-
-
-def test_short_segments_bytes_are_those_of_long_ones() -> None:
-    generator = np.random.default_rng(0)
-    q, k, v = (generator.integers(-8, 8, (rows, 64)).astype(float) for rows in (64, 128, 128))
-    k_bytes, v_bytes, stores = short_key_block(k, v)
-    np.testing.assert_array_equal(np.concatenate([k_bytes, v_bytes]), key_block(k, v)[: 2 * 8192])
-    np.testing.assert_array_equal(short_query_registers(q), query_registers(q))
-    for words in stores:  # of a warp at once: no two in one bank
-        assert len({word % 32 for word in words}) == len(words) == 32
-    words = np.arange(16).reshape(4, 4)
-    np.testing.assert_array_equal(transposed_quads(words), words.T)
 
 
 @pytest.mark.parametrize("divisor", [1, 2, 3, 5, 7, 12, 14, 16, 41, 1000, 2**20 + 1, 2**31 - 1])
