@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from .. import backends
 from ..reference.attention import Segments, merge_segments, split_segments
+from ._library import own_dtypes
 
 Reasons = Callable[..., list[str]]
 
@@ -48,7 +49,7 @@ def _sdpa(windows: Tensor, scale: float, name: str) -> Tensor:
 
     kernel = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}[name]
     q, k, v = windows.permute(2, 0, 3, 1, 4).unbind(0)  # [segments, heads, length, head_dim]
-    with sdpa_kernel(kernel):
+    with own_dtypes(q, uniform=True), sdpa_kernel(kernel):
         return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
 

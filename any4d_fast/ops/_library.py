@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 NAMESPACE = "any4d_fast"
 
@@ -30,6 +32,21 @@ def define(name: str, schema: str, impl: Callable[..., Any], fake: Callable[...,
     torch.library.register_fake(qualified, fake)
     packet: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), name).default
     return packet
+
+
+def own_dtypes(x: Tensor, *, uniform: bool = False) -> contextlib.AbstractContextManager[Any]:
+    """Products in their operands' own dtypes: autocast is on inside an operator too, and would round them.
+
+    Args:
+        x: a tensor of the call.
+        uniform: all operands have x's dtype, so that nothing need be done where that is autocast's.
+    """
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return contextlib.nullcontext()
+    if uniform and torch.get_autocast_dtype(kind) == x.dtype:
+        return contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from ..layout import copy_engine_reads
 from ..reference.attention import Segments
 from ..reference.attention import attention as reference_attention
 from . import _attention_libraries
-from ._library import define, launchers
+from ._library import define, launchers, own_dtypes
 
 __all__ = ["Segments", "attention", "attention_scale"]
 
@@ -236,7 +236,8 @@ def attention(
         first=("cuda", "cudnn") if trained and qkv.is_cuda and segments.length >= LONG else (),
     )
     if name == "eager":
-        return reference_attention(qkv, segments, scale, return_lse)
+        with own_dtypes(qkv):
+            return reference_attention(qkv, segments, scale, return_lse)
     if name not in ("triton", "cuda"):
         return _attention_libraries.attention(qkv, segments, scale, name, deterministic)
     ordered = "triton" if name == "cuda" and backend is None and segments.length < LONG else name

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import backends
 from ..reference.attention import Segments
 from ..reference.attention_fp8 import attention_fp8 as reference_attention_fp8
-from ._library import define, launchers
+from ._library import define, launchers, own_dtypes
 from .attention import _check, _cuda_reasons, attention_scale
 
 __all__ = ["attention_fp8"]
@@ -18,7 +18,8 @@ def _forward_impl(qkv: Tensor, segments: list[int], scale: float, backend: str) 
     found: tuple[Tensor, Tensor]
     if backend == backends.EAGER:
         start, length, count, stride, groups, group_stride = segments
-        found = reference_attention_fp8(qkv, Segments(length, count, stride, groups, group_stride, start), scale)
+        with own_dtypes(qkv):
+            found = reference_attention_fp8(qkv, Segments(length, count, stride, groups, group_stride, start), scale)
     else:
         found = launchers("attention_fp8", backend).forward(qkv, segments, scale)
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -12,20 +11,12 @@ from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..reference.linear import linear as reference_linear
-from ._library import define
+from ._library import define, own_dtypes
 from .layer_norm import NARROW, check_rows, check_vector
 
 
-def _own_dtype(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Products in x's dtype: autocast is on inside an operator too, and would round rows of another dtype."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype:
-        return torch.autocast(kind, enabled=False)
-    return contextlib.nullcontext()
-
-
 def _forward_impl(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    with _own_dtype(x):
+    with own_dtypes(x, uniform=True):
         out = F.linear(x.reshape(-1, x.shape[-1]), weight, None if bias is None else bias.to(x.dtype))
     return out.view(*x.shape[:-1], weight.shape[0])
 
@@ -47,7 +38,7 @@ def _backward_impl(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from ..kernels.linear import linear_backward
 
-    with _own_dtype(grad):
+    with own_dtypes(grad, uniform=True):
         return linear_backward(grad, x, weight, weight_dtype, bias_dtype)
 
 
@@ -149,7 +140,7 @@ def linear(
     """
     check_linear("linear", x, weight, bias)
     if backends.select("linear", backend, x, weight, bias) == backends.EAGER:
-        with _own_dtype(x):
+        with own_dtypes(x, uniform=True):
             return reference_linear(x, weight, bias)
     result: Tensor = _Linear.apply(x, weight, bias)
     return result

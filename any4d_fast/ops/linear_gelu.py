@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from .. import backends
 from ..reference.linear_gelu import linear_gelu as reference_linear_gelu
 from ..reference.linear_gelu import linear_residual as reference_linear_residual
-from ._library import define
+from ._library import define, own_dtypes
 from .layer_norm import check_vector
 from .linear import check_linear, linear, triton_reasons
 from .residual_norm import check_row_scale, residual_norm
@@ -48,7 +48,8 @@ def _gelu_backward_impl(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from ..kernels.linear_gelu import linear_gelu_backward
 
-    return linear_gelu_backward(grad, x, weight, pre, need_x, weight_dtype, bias_dtype)
+    with own_dtypes(grad, uniform=True):
+        return linear_gelu_backward(grad, x, weight, pre, need_x, weight_dtype, bias_dtype)
 
 
 def _gelu_backward_fake(
@@ -116,10 +117,11 @@ _residual_forward = define(
 )
 
 
-def _residual_backward_impl(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _residual_backward_impl(grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from ..kernels.linear_residual import linear_residual_backward
 
-    return linear_residual_backward(*arguments)
+    with own_dtypes(grad):
+        return linear_residual_backward(grad, *arguments)
 
 
 def _residual_backward_fake(
@@ -230,7 +232,8 @@ def linear_gelu(
     if name == "cublas":
         return F.gelu(linear(x, weight, bias))
     if name == backends.EAGER:
-        return reference_linear_gelu(x, weight, bias)
+        with own_dtypes(x, uniform=True):
+            return reference_linear_gelu(x, weight, bias)
     result: Tensor
     if _wants_gradients(x, weight, bias):
         result = _LinearGelu.apply(x, weight, bias)
@@ -291,9 +294,11 @@ def linear_residual(
     name = backends.select(op, backend, x, weight, bias, residual, gamma, row_scale)
     scale: dict[str, Any] = {"row_scale": row_scale, "rows_per_scale": rows_per_scale}
     if name == "cublas":
-        branch = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        with own_dtypes(x, uniform=True):
+            branch = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
         return residual_norm(residual, branch, gamma, normalize=False, **scale)[0]
     if name == backends.EAGER:
-        return reference_linear_residual(x, weight, bias, residual, gamma, **scale)
+        with own_dtypes(x, uniform=True):
+            return reference_linear_residual(x, weight, bias, residual, gamma, **scale)
     result: Tensor = _LinearResidual.apply(x, weight, bias, residual, gamma, row_scale, rows_per_scale)
     return result

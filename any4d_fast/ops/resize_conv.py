@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from .. import backends
 from ..reference.resize_conv import resize_conv as reference_resize_conv
 from ..switches import matmul_allows_tf32
-from ._library import define
+from ._library import define, own_dtypes
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 MAX_CHANNELS = 256
@@ -53,7 +53,8 @@ def _backward_impl(
     from ..kernels.resize_conv_backward import resize_conv_backward
 
     needed = (need_x, need_weight3, need_bias3, need_weight1)
-    return resize_conv_backward(grad, x, weight3, bias3, weight1, needed, tf32=tf32)
+    with own_dtypes(grad):
+        return resize_conv_backward(grad, x, weight3, bias3, weight1, needed, tf32=tf32)
 
 
 def _backward_fake(
@@ -273,7 +274,8 @@ def resize_conv(
     # Measured on an H200 (kernels/notes/resize_conv.md): without tensor cores cuDNN is faster by five.
     first = ("cudnn",) if _exact(x) else ()
     if backends.select("resize_conv", backend, x, size, weight3, bias3, weight1, bias1, first=first) != "triton":
-        return reference_resize_conv(x, size, weight3, bias3, weight1, bias1, wanted)
+        with own_dtypes(x):
+            return reference_resize_conv(x, size, weight3, bias3, weight1, bias1, wanted)
     result: Tensor = _ResizeConv.apply(
         x, list(size), weight3, bias3, weight1.flatten(1), bias1, matmul_allows_tf32(), wanted
     )
@@ -339,7 +341,8 @@ def resize_conv_checked(
     if name == "triton" and layers.packed:
         found: Tensor = _checked(x, list(size), layers.packed, flag)
         return found
-    result = reference_resize_conv(x, size, *weights)
+    with own_dtypes(x):
+        result = reference_resize_conv(x, size, *weights)
     result = result.to(torch.promote_types(x.dtype, torch.float32))
     flag.logical_or_(~result.isfinite().all())
     return result

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from .. import backends
 from ..reference.tokenize import channels_first
 from ..reference.tokenize import tokenize as reference_tokenize
-from ._library import define, launchers
+from ._library import define, launchers, own_dtypes
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _CUDA_PATCH = 14
@@ -82,9 +82,13 @@ def _backward_impl(
         return d_image, d_weight, d_rows
     patches = grad[:, extra:].to(weight.dtype).reshape(-1, weight.shape[0])
     if need_weight:
-        d_weight = (patches.T @ _unfolded(image, patch, scale, shift, weight.dtype)).reshape(weight.shape)
+        unfolded = _unfolded(image, patch, scale, shift, weight.dtype)
+        with own_dtypes(weight, uniform=True):
+            d_weight = (patches.T @ unfolded).reshape(weight.shape)
     if need_image:
-        pixels = (patches @ weight.flatten(1)).reshape(n, height // patch, width // patch, 3, patch, patch)
+        with own_dtypes(weight, uniform=True):
+            product = patches @ weight.flatten(1)
+        pixels = product.reshape(n, height // patch, width // patch, 3, patch, patch)
         d_image = pixels.permute(0, 3, 1, 4, 2, 5).reshape(image.shape)
         if scale:
             d_image = torch.stack([d_image[:, c] * scale[c] for c in range(3)], dim=1)
@@ -302,9 +306,10 @@ def tokenize(
     dtype = out_dtype or weight.dtype
     name = backends.select("tokenize", backend, pixels, weight, bias, pos_embed, cls_row, registers)
     if name == backends.EAGER:
-        return reference_tokenize(
-            pixels, weight, bias, pos_embed, cls_row, registers, mean=mean, std=std, out_dtype=dtype
-        )
+        with own_dtypes(pixels):
+            return reference_tokenize(
+                pixels, weight, bias, pos_embed, cls_row, registers, mean=mean, std=std, out_dtype=dtype
+            )
     scale: list[float] = []
     shift: list[float] = []
     if mean is not None and std is not None:

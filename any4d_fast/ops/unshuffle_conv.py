@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from .. import backends
 from ..reference.unshuffle_conv import unshuffle
 from ..reference.unshuffle_conv import unshuffle_conv as reference_unshuffle_conv
-from ._library import define
+from ._library import define, own_dtypes
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -166,6 +166,7 @@ def unshuffle_conv(
         )
     dtype = out_dtype or weight.dtype
     if backends.select("unshuffle_conv", backend, x, weight, bias) != "triton":
-        return reference_unshuffle_conv(x, weight, bias, patch_size, out_dtype=dtype)
+        with own_dtypes(x):
+            return reference_unshuffle_conv(x, weight, bias, patch_size, out_dtype=dtype)
     out: Tensor = _UnshuffleConv.apply(x, weight, bias, patch_size, dtype)
     return out

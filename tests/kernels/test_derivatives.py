@@ -1,4 +1,4 @@
-"""What every differentiable op promises alike: which gradients it gives, for which strides, and how often."""
+"""What differentiable ops promise alike: which gradients they give, for which strides, how often, under autocast."""
 
 from __future__ import annotations
 
@@ -238,6 +238,17 @@ class TestGradients:
             for found, wanted in zip(gradients(outputs, leaves(strided, every), ones), expected[1], strict=True):
                 assert_same(found, wanted)
 
+    def test_autocast_changes_nothing(self, op: str, backend: str) -> None:
+        outputs, given = made(op, backend)
+        every = range(len(given))
+        expected = outputs(*given), gradients(outputs, leaves(given, every), ones)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            actual = outputs(*given), gradients(outputs, leaves(given, every), ones)
+        for found, wanted in zip([*actual[0], *actual[1]], [*expected[0], *expected[1]], strict=True):
+            assert_same(found, wanted)
+            # cuDNN's gradients of weights need not be the same bits twice.
+            assert op == "unshuffle_conv" or torch.equal(found, wanted)
+
 
 @pytest.mark.parametrize(("op", "backend"), CASES)
 class TestEveryOp:
@@ -256,6 +267,16 @@ class TestEveryOp:
         assert not any(o.requires_grad for o in outputs(*leaves(given, [])))
         with torch.no_grad():
             assert not any(o.requires_grad for o in outputs(*leaves(given, range(len(given)))))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_autocast_does_not_change_eager_results(op: str) -> None:
+    outputs, given = made(op, "eager")
+    expected = outputs(*given)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        actual = outputs(*given)
+    for found, wanted in zip(actual, expected, strict=True):
+        assert found.dtype == wanted.dtype and torch.equal(found, wanted)
 
 
 def test_every_function_is_differentiable_once() -> None:
