@@ -49,6 +49,15 @@ def own_dtypes(x: Tensor, *, uniform: bool = False) -> contextlib.AbstractContex
     return torch.autocast(kind, enabled=False)
 
 
+def distinct(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors, those given twice as views: torch.compile cannot trace an `autograd.Function` otherwise."""
+    found: list[Tensor | None] = []
+    for tensor in tensors:
+        twice = tensor is not None and torch.compiler.is_compiling() and any(tensor is other for other in found)
+        found.append(tensor.view_as(tensor) if twice and tensor is not None else tensor)
+    return found
+
+
 @functools.cache
 def launchers(op: str, backend: str) -> ModuleType:
     """The module with an op's launchers: `any4d_fast.kernels.<op>` ("triton") or `any4d_fast.cuda.<op>` ("cuda").

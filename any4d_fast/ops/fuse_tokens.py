@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..reference.fuse_tokens import fuse_tokens as reference_fuse_tokens
-from ._library import define, launchers
+from ._library import define, distinct, launchers
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_DENSE = 3
@@ -344,5 +344,5 @@ def fuse_tokens(
             image_tokens, flat, list(vectors), weight, bias, eps, dense_masks=masks[: len(flat)],
             vector_masks=masks[len(flat) :], scale_token=scale_token, batch=batch, out_dtype=out_dtype,
         )  # fmt: skip
-    fused: Tensor = _FuseTokens.apply(len(flat), batch, eps, out_dtype, name, *values)
+    fused: Tensor = _FuseTokens.apply(len(flat), batch, eps, out_dtype, name, *distinct(*values))
     return fused

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from .. import backends
 from ..reference.linear_gelu import linear_gelu as reference_linear_gelu
 from ..reference.linear_gelu import linear_residual as reference_linear_residual
-from ._library import define, own_dtypes
+from ._library import define, distinct, own_dtypes
 from .layer_norm import check_vector
 from .linear import check_linear, linear, triton_reasons
 from .residual_norm import check_row_scale, residual_norm
@@ -300,5 +300,5 @@ def linear_residual(
     if name == backends.EAGER:
         with own_dtypes(x, uniform=True):
             return reference_linear_residual(x, weight, bias, residual, gamma, **scale)
-    result: Tensor = _LinearResidual.apply(x, weight, bias, residual, gamma, row_scale, rows_per_scale)
+    result: Tensor = _LinearResidual.apply(*distinct(x, weight, bias, residual, gamma, row_scale), rows_per_scale)
     return result

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..reference.residual_norm import residual_norm as reference_residual_norm
-from ._library import define
+from ._library import define, distinct
 from .layer_norm import check_out_dtype, check_rows, check_vector, row_reasons
 
 _ARGUMENTS = (
@@ -348,9 +348,10 @@ def residual_norm(
         )
         return (residual.copy_(new) if inplace else new), normed
     dtype = out_dtype or branch.dtype
-    arguments = (branch, *vectors, eps, row_scale, rows_per_scale, normalize, dtype)
+    settings = (rows_per_scale, normalize, dtype)
     if inplace:
-        normed = _inplace(residual, *arguments)
+        normed = _inplace(residual, branch, *vectors, eps, row_scale, *settings)
         return residual, normed if normalize else None
-    new, normed = _ResidualNorm.apply(residual, *arguments)
+    *given, scale = distinct(residual, branch, *vectors, row_scale)
+    new, normed = _ResidualNorm.apply(*given, eps, scale, *settings)
     return new, normed if normalize else None

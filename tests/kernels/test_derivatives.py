@@ -269,6 +269,36 @@ class TestEveryOp:
             assert not any(o.requires_grad for o in outputs(*leaves(given, range(len(given)))))
 
 
+def twice_in_residual_norm(x: Tensor, vector: Tensor) -> Tensor:
+    return torch.stack(ops.residual_norm(x, x, vector, vector, vector, backend="triton"))
+
+
+def twice_in_linear_residual(x: Tensor, vector: Tensor) -> Tensor:
+    return ops.linear_residual(x, vector.outer(vector), vector, x, vector, backend="triton")
+
+
+def twice_in_fuse_tokens(x: Tensor, vector: Tensor) -> Tensor:
+    maps, mask = x.view(2, 3, 48), torch.tensor([True, False], device=x.device)
+    return ops.fuse_tokens(maps, [maps, maps], [], vector, vector, dense_masks=[mask, mask], backend="triton")
+
+
+@pytest.mark.parametrize("call", [twice_in_residual_norm, twice_in_linear_residual, twice_in_fuse_tokens])
+class TestOneTensorAsTwoArguments:
+    pytestmark = kernel_test
+
+    def test_compiles(self, call: Call) -> None:
+        GENERATOR.manual_seed(0)
+        given = [normal(6, 48).to(DEVICE), normal(48).to(DEVICE)]
+        compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+        results = []
+        for function in (call, compiled):
+            arguments = leaves(given, [0, 1])
+            out = function(*arguments)
+            results.append([out, *torch.autograd.grad(out.square().sum(), arguments)])
+        for found, wanted in zip(*results, strict=True):
+            torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_autocast_does_not_change_eager_results(op: str) -> None:
     outputs, given = made(op, "eager")
