@@ -279,7 +279,7 @@ __global__ void __launch_bounds__(kFinishThreads, 2) finish_kernel(const __grid_
     if (threadIdx.x == 0) {
         const float raw = load_raw_scale(a.in.log_scale, sample);
         const double grad = totals[0] + (a.grad_metric == nullptr ? 0.0 : double{a.grad_metric[sample]});
-        store_value(a.out_scale, a.in.log_scale.dtype, sample, raw >= kEps ? static_cast<float>(grad * raw) : 0.0f);
+        store_value(a.out_scale, a.in.log_scale.dtype, sample, raw < kEps ? 0.0f : static_cast<float>(grad * raw));
     }
 }
 

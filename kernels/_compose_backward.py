@@ -228,5 +228,5 @@ def finish_scale_kernel(log_scale, row_scales, grad_metric, out_scale, rows, bat
     if grad_metric is not None:
         grad += tl.load(grad_metric + sample)
     _, raw = load_scale(log_scale + sample * scale_row)
-    grad = tl.where(raw >= EPS, grad * raw, 0.0).to(tl.float32)
+    grad = tl.where(raw < EPS, 0.0, grad * raw).to(tl.float32)
     tl.store(out_scale + sample, grad.to(out_scale.dtype.element_ty))

@@ -84,7 +84,7 @@ def depth_scale_kernel(
     count = tl.sum(tl.load(sums + 1, mask=lane < parts, other=0.0), 0)
     factor = tl.maximum(total / (count + 1e-8), 1e-8)
     if tl.program_id(1) == 0:
-        tl.store(log_factor_ptr + n, _log(factor + 1e-8))
+        tl.store(log_factor_ptr + n, tl.where(factor < float("inf"), _log(factor + 1e-8), factor))
     pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     source = depth_ptr + n * stride_n + pixel.to(tl.int64) * stride_p
     scaled = tl.load(source, mask=pixel < pixels, other=0.0).to(tl.float32) / factor

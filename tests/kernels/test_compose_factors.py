@@ -252,6 +252,14 @@ def test_small_scale_is_clamped_without_gradient(backend: str) -> None:
     check(inputs, backend)
 
 
+def test_nan_as_a_scale_shows_in_its_gradient(backend: str) -> None:
+    inputs = make_inputs(1, 2, 3, 4)
+    inputs[4][1] = float("nan")
+    log_scale = inputs[4].requires_grad_()
+    (grad,) = torch.autograd.grad(kernel(backend)(*inputs).pts3d.sum(), log_scale)
+    assert grad.isfinite().flatten().tolist() == [True, False]
+
+
 def test_empty(backend: str) -> None:
     inputs = make_inputs(2, 2, 4, 5)
     nothing = [t[:0] for t in inputs[:4]]

@@ -72,6 +72,13 @@ def test_extreme_depths() -> None:
         torch.testing.assert_close(actual.double(), expected.double(), rtol=1e-6, atol=1e-7)
 
 
+def test_an_infinite_depth_shows_in_the_factor() -> None:
+    depth = depths(2, 9, 11)
+    depth[1, 3, 4] = float("inf")
+    for actual, expected in zip(normalize_depth(depth, backend="triton"), reference(depth.double()), strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-6, atol=1e-7, equal_nan=True)
+
+
 def test_logarithms_are_accurate_for_each_pixel() -> None:
     depth = torch.logspace(-9, 9, 4001, device=DEVICE).reshape(1, 1, 4001, 1)
     actual, _ = normalize_depth(depth, backend="triton")
