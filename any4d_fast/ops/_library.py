@@ -49,13 +49,15 @@ def own_dtypes(x: Tensor, *, uniform: bool = False) -> contextlib.AbstractContex
     return torch.autocast(kind, enabled=False)
 
 
-def distinct(*tensors: Tensor | None) -> list[Tensor | None]:
+def distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors, those given twice as views: torch.compile cannot trace an `autograd.Function` otherwise."""
+    if not torch.compiler.is_compiling():
+        return tensors
     found: list[Tensor | None] = []
     for tensor in tensors:
-        twice = tensor is not None and torch.compiler.is_compiling() and any(tensor is other for other in found)
+        twice = tensor is not None and any(tensor is other for other in found)
         found.append(tensor.view_as(tensor) if twice and tensor is not None else tensor)
-    return found
+    return tuple(found)
 
 
 @functools.cache
