@@ -275,21 +275,8 @@ cudaError_t launch(const AttentionForward& call, const Plan& plan, const Work& w
     if (cudaError_t error = make_segment_map(&out_map, call.out, call.dtype, kHeadDim, call.heads * head, head,
                                              call.heads, call.segments, kQueries))
         return error;
-    const auto kernel = attention_fp8_kernel<T, GROUPS, STAGES, PINGPONG, LINEAR>;
-    constexpr int kBytes = sizeof(Shared<GROUPS, STAGES>) + 1024;
-    if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes))
-        return error;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(plan.grid);
-    config.blockDim = dim3((GROUPS + 1) * kWarpgroup);
-    config.dynamicSmemBytes = kBytes;
-    config.stream = stream;
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, kernel, out_map, work);
+    return launch_persistent(attention_fp8_kernel<T, GROUPS, STAGES, PINGPONG, LINEAR>, plan.grid,
+                             (GROUPS + 1) * kWarpgroup, sizeof(Shared<GROUPS, STAGES>) + 1024, stream, out_map, work);
 }
 
 template <typename T>

@@ -257,20 +257,8 @@ __global__ void __launch_bounds__((kGroups + 1) * kWarpgroup, 1)
 
 template <typename T, int LINEAR>
 cudaError_t launch(const Maps& maps, const Work& work, int grid, cudaStream_t stream) {
-    const auto kernel = attention_fp8_short_kernel<T, LINEAR>;
-    if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes))
-        return error;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(grid);
-    config.blockDim = dim3((kGroups + 1) * kWarpgroup);
-    config.dynamicSmemBytes = kSharedBytes;
-    config.stream = stream;
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, kernel, maps, work);
+    return launch_persistent(attention_fp8_short_kernel<T, LINEAR>, grid, (kGroups + 1) * kWarpgroup, kSharedBytes, stream,
+                             maps, work);
 }
 
 // Without turns for the warpgroups: what is left of a variant is the share of linear runs.
@@ -278,9 +266,9 @@ template <typename T>
 cudaError_t launch_variant(int variant, const Maps& maps, const Work& work, int grid, cudaStream_t stream) {
     switch (variant) {
         case 0: return launch<T, 8>(maps, work, grid, stream);
-        case 1: return launch<T, 4>(maps, work, grid, stream);
-        case 2: return launch<T, 0>(maps, work, grid, stream);
+        case 1:
         case 3: return launch<T, 4>(maps, work, grid, stream);
+        case 2: return launch<T, 0>(maps, work, grid, stream);
         default: return cudaErrorInvalidValue;
     }
 }

@@ -22,26 +22,29 @@ constexpr int kChannels = 16;  // of a thread
 template <typename T>
 using Rows = Pack<T, 8>[4][kChannels / 8];
 
+template <typename T>
+using Two = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+
+template <typename T>
+__device__ __forceinline__ Two<T> two(uint32_t word) { return *reinterpret_cast<Two<T>*>(&word); }
+
+template <typename Pair>
+__device__ __forceinline__ uint32_t word_of(Pair pair) { return *reinterpret_cast<const uint32_t*>(&pair); }
+
 // A channel's largest magnitude of a pair of them; NaN does not count.
 template <typename T>
 __device__ __forceinline__ uint32_t larger_magnitudes(uint32_t most, uint32_t pair) {
-    using Two = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
-    const Two found = __hmax2(*reinterpret_cast<Two*>(&most), __habs2(*reinterpret_cast<Two*>(&pair)));
-    return *reinterpret_cast<const uint32_t*>(&found);
+    return word_of(__hmax2(two<T>(most), __habs2(two<T>(pair))));
 }
 
 template <typename T>
 __device__ __forceinline__ uint32_t larger_of_each(uint32_t a, uint32_t b) {
-    using Two = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
-    const Two found = __hmax2(*reinterpret_cast<Two*>(&a), *reinterpret_cast<Two*>(&b));
-    return *reinterpret_cast<const uint32_t*>(&found);
+    return word_of(__hmax2(two<T>(a), two<T>(b)));
 }
 
 template <typename T>
 __device__ __forceinline__ uint32_t smaller_of_each(uint32_t a, uint32_t b) {
-    using Two = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
-    const Two found = __hmin2(*reinterpret_cast<Two*>(&a), *reinterpret_cast<Two*>(&b));
-    return *reinterpret_cast<const uint32_t*>(&found);
+    return word_of(__hmin2(two<T>(a), two<T>(b)));
 }
 
 template <typename T>
