@@ -100,7 +100,7 @@ def select(op: str, backend: str | None, *args: Any, first: Sequence[str] = (), 
         if strict:
             raise BackendError(f"{op}: backend: expected one of {registered(op)} or 'auto', got {name!r}")
         if not any(name in backends for backends in _REGISTRY.values()):
-            known = sorted({EAGER, *(backend for backends in _REGISTRY.values() for backend in backends)})
+            known = sorted({EAGER}.union(*_REGISTRY.values()))
             raise BackendError(
                 f"use_backend or ANY4D_FAST_BACKEND: expected 'auto' or one of {known}, got {name!r}, which no op has"
             )

@@ -55,8 +55,9 @@ def distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         return tensors
     found: list[Tensor | None] = []
     for tensor in tensors:
-        twice = tensor is not None and any(tensor is other for other in found)
-        found.append(tensor.view_as(tensor) if twice and tensor is not None else tensor)
+        if tensor is not None and any(tensor is other for other in found):
+            tensor = tensor.view_as(tensor)
+        found.append(tensor)
     return tuple(found)
 
 

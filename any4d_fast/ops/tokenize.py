@@ -81,18 +81,15 @@ def _backward_impl(
     if not (need_image or need_weight):
         return d_image, d_weight, d_rows
     patches = grad[:, extra:].to(weight.dtype).reshape(-1, weight.shape[0])
-    if need_weight:
-        unfolded = _unfolded(image, patch, scale, shift, weight.dtype)
-        with own_dtypes(weight, uniform=True):
-            d_weight = (patches.T @ unfolded).reshape(weight.shape)
-    if need_image:
-        with own_dtypes(weight, uniform=True):
-            product = patches @ weight.flatten(1)
-        pixels = product.reshape(n, height // patch, width // patch, 3, patch, patch)
-        d_image = pixels.permute(0, 3, 1, 4, 2, 5).reshape(image.shape)
-        if scale:
-            d_image = torch.stack([d_image[:, c] * scale[c] for c in range(3)], dim=1)
-        d_image = d_image.to(image.dtype)
+    with own_dtypes(weight, uniform=True):
+        if need_weight:
+            d_weight = (patches.T @ _unfolded(image, patch, scale, shift, weight.dtype)).reshape(weight.shape)
+        if need_image:
+            pixels = (patches @ weight.flatten(1)).reshape(n, height // patch, width // patch, 3, patch, patch)
+            d_image = pixels.permute(0, 3, 1, 4, 2, 5).reshape(image.shape)
+            if scale:
+                d_image = torch.stack([d_image[:, c] * scale[c] for c in range(3)], dim=1)
+            d_image = d_image.to(image.dtype)
     return d_image, d_weight, d_rows
 
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config import ConfigError
+from ..devices import find_device
 from ..modules.block import Block
 
 if TYPE_CHECKING:
@@ -93,13 +94,11 @@ def start(kind: str, device: str | None) -> World:
 
 def _checked(name: str) -> torch.device:
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cuda", "cpu"):
+        device = find_device(name)
+    except ValueError as error:
+        raise ConfigError(f"run.{error}") from error
+    if device.type not in ("cuda", "cpu"):
         raise ConfigError(f"run.device: expected cuda, cuda:N or cpu, got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"run.device: {device} is not there; PyTorch sees {torch.cuda.device_count()} CUDA devices")
     return device
 
 
