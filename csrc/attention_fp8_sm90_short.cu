@@ -17,9 +17,11 @@ struct Tile {
     int pair;
     int row;  // of the segment; the other one is 8 below
 
-    __device__ __forceinline__ Tile(const Work& work, int index)
-        : pair(work.by_tiles.quotient(index)),
-          row((index - pair * work.tiles) * kQueries + threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4) {}
+    __device__ __forceinline__ Tile(const Work& work, int index) {
+        if (Range(work).mirrored) index = work.pairs * work.tiles - 1 - index;
+        pair = work.by_tiles.quotient(index);
+        row = (index - pair * work.tiles) * kQueries + threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4;
+    }
 };
 
 // A thread's 16 channels 16 t to 16 t + 15 of two queries, t its place in the quad: they are its registers of A.
@@ -304,6 +306,7 @@ cudaError_t attention_short(const AttentionForward& call, cudaStream_t stream) {
                            call.heads,
                            length,
                            int(segments.count),
+                           int(call.heads * segments.total()),
                            tiles,
                            blocks,
                            total / grid,

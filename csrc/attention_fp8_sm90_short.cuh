@@ -38,6 +38,7 @@ struct Work {
     int heads;
     int length;
     int count;
+    int pairs;
     int tiles;   // of queries in one pair
     int blocks;  // of keys in one pair
     int share;   // tiles of a block of threads;
@@ -71,13 +72,21 @@ struct alignas(1024) Shared {
 constexpr int kSharedBytes = sizeof(Shared) + 1024;
 static_assert(kSharedBytes <= 227 * 1024);
 
-// The tiles of this block of threads.
+// The tiles of this block of threads, which are part of a pair, pairs, and part of a pair. It is to begin with the larger
+// part, over which the next pair is rounded: where that is the last one, all tiles are numbered from the last.
 struct Range {
     int begin, end;
+    bool mirrored;
 
-    __device__ __forceinline__ explicit Range(const Work& work)
-        : begin(int(blockIdx.x) * work.share + min(int(blockIdx.x), work.rest)),
-          end(begin + work.share + (int(blockIdx.x) < work.rest)) {}
+    __device__ __forceinline__ explicit Range(const Work& work) {
+        const int first = int(blockIdx.x) * work.share + min(int(blockIdx.x), work.rest);
+        const int past = first + work.share + (int(blockIdx.x) < work.rest);
+        const int head = (work.by_tiles.quotient(first) + 1) * work.tiles - first;
+        const int tail = past - work.by_tiles.quotient(past - 1) * work.tiles;
+        mirrored = head < tail;
+        begin = mirrored ? work.pairs * work.tiles - past : first;
+        end = begin + past - first;
+    }
 };
 
 // Where a pair is.

@@ -203,6 +203,7 @@ struct Rounder {
     Shared& shared;
     const Maps& maps;
     const Work& work;
+    const bool mirrored;
     const int first, pairs;  // pairs of the range
     int index = 0;           // of the block at hand, from the range's first on
     Ring<kSlots> to;
@@ -211,20 +212,25 @@ struct Rounder {
         : shared(shared),
           maps(maps),
           work(work),
+          mirrored(range.mirrored),
           first(work.by_tiles.quotient(range.begin)),
           pairs(work.by_tiles.quotient(range.end - 1) + 1 - first) {}
+
+    __device__ __forceinline__ Place place(int pair) const {
+        return Place(work, mirrored ? work.pairs - 1 - (first + pair) : first + pair);
+    }
 
     // Called by one thread. Not unrolled: that costs the computing warpgroups registers.
     __device__ __forceinline__ void bring(int wanted) const {
         const int pair = work.by_blocks.quotient(wanted);
         if (pair >= pairs) return;
-        const Place place(work, first + pair);
+        const Place from = place(pair);
         const int row = (wanted - pair * work.blocks) * kKeys;
 #pragma unroll 1
         for (int values = 0; values < 2; ++values) {
             barrier_expect(&shared.loaded[values], kRawBytes);
-            load_5d(shared.raw[values], values ? &maps.v : &maps.k, &shared.loaded[values], 0, row, place.head,
-                    place.segment, place.group);
+            load_5d(shared.raw[values], values ? &maps.v : &maps.k, &shared.loaded[values], 0, row, from.head,
+                    from.segment, from.group);
         }
     }
 
@@ -255,7 +261,7 @@ struct Rounder {
     __device__ void all() {
         if (threadIdx.x == 0) bring(0);
         for (int pair = 0; pair < pairs; ++pair) {
-            mean_key<T>(shared, work, Place(work, first + pair));
+            mean_key<T>(shared, work, place(pair));
             for (int i = 0; i < work.blocks; ++i) block(work.length - i * kKeys, i == 0);
         }
     }
