@@ -275,8 +275,9 @@ cudaError_t launch(const AttentionForward& call, const Plan& plan, const Work& w
     if (cudaError_t error = make_segment_map(&out_map, call.out, call.dtype, kHeadDim, call.heads * head, head,
                                              call.heads, call.segments, kQueries))
         return error;
-    return launch_persistent(attention_fp8_kernel<T, GROUPS, STAGES, PINGPONG, LINEAR>, plan.grid,
-                             (GROUPS + 1) * kWarpgroup, sizeof(Shared<GROUPS, STAGES>) + 1024, stream, out_map, work);
+    return launch_dependent_sm90(attention_fp8_kernel<T, GROUPS, STAGES, PINGPONG, LINEAR>, plan.grid,
+                                 (GROUPS + 1) * kWarpgroup, sizeof(Shared<GROUPS, STAGES>) + 1024, stream, out_map,
+                                 work);
 }
 
 template <typename T>

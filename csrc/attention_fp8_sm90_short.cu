@@ -259,8 +259,8 @@ __global__ void __launch_bounds__((kGroups + 1) * kWarpgroup, 1)
 
 template <typename T, int LINEAR>
 cudaError_t launch(const Maps& maps, const Work& work, int grid, cudaStream_t stream) {
-    return launch_persistent(attention_fp8_short_kernel<T, LINEAR>, grid, (kGroups + 1) * kWarpgroup, kSharedBytes, stream,
-                             maps, work);
+    return launch_dependent_sm90(attention_fp8_short_kernel<T, LINEAR>, grid, (kGroups + 1) * kWarpgroup, kSharedBytes,
+                                 stream, maps, work);
 }
 
 // Without turns for the warpgroups: what is left of a variant is the share of linear runs.

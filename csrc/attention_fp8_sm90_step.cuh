@@ -4,6 +4,7 @@
 
 #include "attention_fp8_sm90.cuh"
 #include "attention_fp8_sm90_mma.cuh"
+#include "dependent_launch.cuh"
 #include "hopper.cuh"
 
 namespace any4d::fp8 {
@@ -60,24 +61,5 @@ struct Total {
         value_scale = scale;
     }
 };
-
-// Launches a kernel of this architecture alone that waits for its predecessor by itself.
-template <typename... Parameters>
-cudaError_t launch_persistent(void (*kernel)(Parameters...), int blocks, int threads, int shared_bytes,
-                              cudaStream_t stream, const Parameters&... parameters) {
-    if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes))
-        return error;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(blocks);
-    config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = shared_bytes;
-    config.stream = stream;
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, kernel, parameters...);
-}
 
 }  // namespace any4d::fp8

@@ -11,6 +11,7 @@
 
 #include "attention_sm90_group.cuh"
 #include "attention_sm90_schedule.cuh"
+#include "dependent_launch.cuh"
 #include "tensor_map.h"
 
 namespace any4d {
@@ -119,6 +120,7 @@ __global__ void __launch_bounds__((kGroups + 1) * kWarpgroup, 1)
         fence_barrier_init();
     }
     __syncthreads();
+    wait_for_previous_kernel();
     // 65,536 registers of a multiprocessor among the warpgroups, in steps of 8.
     constexpr int kProducerRegisters = 32;
     constexpr int kConsumerRegisters = 160;
@@ -167,12 +169,8 @@ cudaError_t launch(const AttentionForward& call, cudaStream_t stream) {
     work.scale_log2 = std::max(call.scale * 1.4426950409f, std::numeric_limits<float>::min());
     work.scale_unit = work.scale_log2 * Softmax::kUnit;
 
-    const auto kernel = attention_forward_kernel<T, C>;
-    constexpr int kBytes = sizeof(Shared<T, C>) + 1024;
-    if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes))
-        return error;
-    kernel<<<plan.grid, (kGroups + 1) * kWarpgroup, kBytes, stream>>>(q_map, k_map, v_map, out_map, work);
-    return cudaGetLastError();
+    return launch_dependent_sm90(attention_forward_kernel<T, C>, plan.grid, (kGroups + 1) * kWarpgroup,
+                                 sizeof(Shared<T, C>) + 1024, stream, q_map, k_map, v_map, out_map, work);
 }
 
 template <typename T>

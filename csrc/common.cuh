@@ -1,4 +1,4 @@
-// Device helpers of the ops: 16-byte accesses, conversions, asynchronous copies, ordered sums, dependent launches.
+// Device helpers of the ops: 16-byte accesses, conversions, asynchronous copies, ordered sums.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "dependent_launch.cuh"
 #include "dtype.h"
 
 namespace any4d {
@@ -211,40 +212,6 @@ __device__ __forceinline__ void block_sums16(const float* partials, int chunks, 
         if (threadIdx.x < groups * kSums) totals[threadIdx.x] += totals[threadIdx.x + groups * kSums];
         __syncthreads();
     }
-}
-
-// --- a kernel that starts while the one before it drains (programmatic dependent launch, sm_90 and later) ---
-
-__device__ __forceinline__ void allow_next_kernel() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void wait_for_previous_kernel() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-// Launches a kernel that calls wait_for_previous_kernel() before it touches anything its predecessor writes.
-template <typename Args>
-cudaError_t launch_dependent(void (*kernel)(Args), unsigned blocks, unsigned threads, const Args& args,
-                             cudaStream_t stream) {
-    cudaFuncAttributes attributes;
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
-    if (error != cudaSuccess) return error;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(blocks);
-    config.blockDim = dim3(threads);
-    config.stream = stream;
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &attribute;
-    // Code that was compiled for an older architecture does not wait: there, the stream's order has to do.
-    config.numAttrs = attributes.ptxVersion >= 90 && attributes.binaryVersion >= 90 ? 1 : 0;
-    return cudaLaunchKernelEx(&config, kernel, args);
 }
 
 // Dynamic shared memory of a kernel: above 48 KB it must be asked for; the rest of the L1 is of no use to these kernels.
