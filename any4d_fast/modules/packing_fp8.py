@@ -50,8 +50,8 @@ ENCODER, TRANSFORMER = Layers(qkv=False, mlp=False, attention=False), Layers(qkv
 """What `precision="fp8"` takes: what keeps errors within five times those of bfloat16 (kernels/notes/linear_fp8.md)."""
 
 LONG = 4096
-"""Rows of a segment from which attention in 8 bits is faster (csrc/notes/attention_fp8.md: 674 TFLOP/s against 594 at
-7,105 rows, 335 against 363 at 1,777): frames, and the encoder's images, stay in 16 bits."""
+"""Rows of a segment from which attention in 8 bits is faster (csrc/notes/attention_fp8.md: 700 TFLOP/s against 594 at
+7,105 rows, 330 against 373 at 1,777): frames, and the encoder's images, stay in 16 bits."""
 
 
 class Linear8(NamedTuple):
